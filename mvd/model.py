@@ -1,0 +1,145 @@
+"""MVDream: UNet, VAE, text tower and noise schedule as one object that loads, samples and saves."""
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from . import cameras, diffusion, weights
+from .errors import UserError
+from .text import TextConfig, TextTower
+from .unet import MultiViewUNet, UNetConfig
+from .vae import VAE, VAEConfig
+
+TINY = Path(__file__).with_name("tiny.safetensors")                              # the model that the repository ships
+
+
+@dataclass
+class ModelConfig:
+    """Everything but the weights. The defaults are the released model's: 4 views of 256², ", 3d asset", guidance 10."""
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    size: int = 256                              # pixels
+    guidance: float = 10.0                       # of sampling
+    negative: str = ""                           # the negative prompt of sampling
+    suffix: str = ", 3d asset"                   # what sampling in 3D mode adds to a prompt
+    distill: dict = field(default_factory=dict)  # settings of `distill.py` that differ from the released ones
+
+    @staticmethod
+    def from_dict(values):
+        parts = {"unet": UNetConfig, "vae": VAEConfig, "text": TextConfig}
+        tuples = {part: {k: tuple(v) if isinstance(v, list) else v for k, v in values[part].items()} for part in parts}
+        return ModelConfig(**{**values, **{part: make(**tuples[part]) for part, make in parts.items()}})
+
+
+# The tiny model: the same classes, trained by train.py on the toy world, 128² pixels and 16×16 latents.
+PRESETS = {
+    "sd21": ModelConfig(),
+    "tiny": ModelConfig(
+        unet=UNetConfig(in_channels=8, out_channels=8, model_channels=96, channel_mult=(1, 2, 2), num_res_blocks=1,
+                        attention_resolutions=(1, 2, 4), head_dim=32, context_dim=192, groups=8),
+        vae=VAEConfig(channels=32, channel_mult=(1, 2, 2, 4), num_res_blocks=1, z_channels=8, scale_factor=1.0, groups=8),
+        text=TextConfig(width=192, heads=6, layers=2, unused_layers=0, output_dim=None, context_length=24),
+        size=128, guidance=4.0),
+}
+
+
+class MVDream(nn.Module):
+    """`unet`, `vae` and `text`, with their `config`. Images are [B, V, 3, H, W] in [-1, 1], latents [B, V, c, h, w]."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.unet, self.vae, self.text = MultiViewUNet(config.unet), VAE(config.vae), TextTower(config.text)
+
+    @property
+    def device(self):
+        return self.unet.conv_out.weight.device
+
+    @property
+    def latent_size(self):
+        return self.config.size // 2 ** (len(self.config.vae.channel_mult) - 1)
+
+    @staticmethod
+    def random(preset):
+        """A model of a preset's size ("sd21", "tiny") with random weights, for benchmarks and tests."""
+        return MVDream(PRESETS[preset]).eval()
+
+    @staticmethod
+    def load(name, device="cpu", dtype=torch.float32):
+        """Load "tiny" (shipped, no network) or a file that `save` or train.py wrote, ready for inference.
+
+        Raises UserError if there is no such model, or the file is damaged, or not a model of ours.
+        """
+        path = TINY if name == "tiny" else Path(name)
+        if name == "tiny" and not path.is_file():
+            raise UserError("this copy of mvd has no trained weights (mvd/tiny.safetensors): make some with train.py, then name their file")
+        if not path.is_file():
+            raise UserError(f"there is no model {str(name)!r}: give \"tiny\" or the path of a .safetensors file of mvd")
+        parts, header = weights.read_model(path)
+        with torch.device("meta"):
+            model = MVDream(ModelConfig.from_dict(header))
+        for part, tensors in parts.items():
+            module = getattr(model, part)
+            for key, wanted in module.state_dict().items():
+                if key not in tensors or tensors[key].shape != wanted.shape:
+                    found = f"has shape {list(tensors[key].shape)}" if key in tensors else "is missing"
+                    raise UserError(f"{path}: the tensor {part}.{key} {found}, wanted {list(wanted.shape)}")
+            module.load_state_dict(tensors, assign=True)
+        return model.to(device, dtype).requires_grad_(False).eval()
+
+    def save(self, path, dtype=None):
+        """Write our format (`weights.write_model`), in `dtype` if one is given."""
+        parts = {part: {k: v.to(dtype or v.dtype) for k, v in getattr(self, part).state_dict().items()}
+                 for part in ("unet", "vae", "text")}
+        weights.write_model(path, parts, asdict(self.config))
+
+    def embed(self, prompts):
+        """B prompts -> context [B, L, D]."""
+        return self.text(self.text.tokenize(prompts).to(self.device))
+
+    def encode(self, images, sample=False):
+        """Images [B, V, 3, H, W] in [-1, 1] -> scaled latents [B, V, c, h, w]: the posterior's mean, or a sample of it."""
+        mean, logvar = self.vae.encode(images.flatten(0, 1))
+        z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean) if sample else mean
+        return (self.config.vae.scale_factor * z).unflatten(0, images.shape[:2])
+
+    def decode(self, latents):
+        """Scaled latents [B, V, c, h, w] -> images [B, V, 3, H, W], about in [-1, 1]."""
+        images = self.vae.decode(latents.flatten(0, 1) / self.config.vae.scale_factor)
+        return images.unflatten(0, latents.shape[:2])
+
+    @torch.no_grad()
+    def sample(self, prompt, negative=None, views=4, steps=50, guidance=None, rescale=0.0, elevation=15.0, azimuth=0.0,
+               span=360.0, seed=0, sampler="ddim", eta=0.0, mode="3d", progress=iter):
+        """Draw pictures: [B, V, 3, H, W] in [0, 1] for one prompt or a list of B.
+
+        In 3D mode the views stand at azimuths azimuth + k·span/views, all at one elevation (degrees), and the model's suffix is
+        added; in 2D mode ("2d") they are independent pictures. `negative`, `guidance`: None means the model's defaults.
+        `rescale` in [0, 1]: guidance rescale (Lin et al. 2023). `sampler`: "ddim" with `eta`, or "ddpm". Raises UserError for an
+        empty prompt or a number of steps outside 1..1000.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not all(p.strip() for p in prompts):
+            raise UserError("the prompt is empty: say what to draw")
+        config, device = self.config, self.device
+        guidance = config.guidance if guidance is None else guidance
+        negative = config.negative if negative is None else negative
+        camera = None
+        if mode == "3d":
+            prompts = [p + config.suffix for p in prompts]
+            azimuths = azimuth + torch.arange(views) * span / views
+            camera = cameras.camera_numbers(cameras.orbit(elevation, azimuths)).to(device)                    # [V, 16]
+            camera = camera.expand(2 * len(prompts), -1, -1)     # the unconditional half keeps it (MVDream, appendix)
+        context = torch.cat([self.embed(prompts), self.embed([negative]).expand(len(prompts), -1, -1)])       # [2B, L, D]
+
+        def eps(x, t):                                                                                        # x [B, V, c, h, w]
+            conditional, unconditional = self.unet(x.repeat(2, 1, 1, 1, 1), t.repeat(2), context, camera).float().chunk(2)
+            guided = diffusion.guide(conditional, unconditional, guidance)
+            return diffusion.rescale(guided, conditional, rescale) if rescale else guided
+
+        generator = torch.Generator().manual_seed(seed)                          # on the CPU: the same picture on every device
+        shape = (len(prompts), views, config.unet.in_channels, self.latent_size, self.latent_size)
+        latents = diffusion.sample(eps, shape, steps, sampler, eta, generator, device, progress)
+        return (self.decode(latents.to(self.unet.conv_out.weight.dtype)).float() / 2 + 0.5).clamp(0, 1)

@@ -1,0 +1,111 @@
+"""The whole model: loading and saving, the latents' scale, sampling, and what is wrong with a file, in one line."""
+import copy
+
+import pytest
+import torch
+
+from mvd import MVDream, cameras
+from mvd.errors import UserError
+from mvd.files import read_safetensors, write_safetensors
+from mvd.model import PRESETS
+
+
+def small_config():
+    config = copy.deepcopy(PRESETS["tiny"])
+    config.unet.model_channels, config.unet.channel_mult, config.unet.context_dim = 32, (1, 2), 32
+    config.unet.attention_resolutions, config.unet.head_dim = (1, 2), 16
+    config.vae.channel_mult, config.size = (1, 1, 1, 1), 64
+    config.text.width, config.text.heads, config.text.words = 32, 2, ("3d", "a", "asset", "bulldog", "red")
+    return config
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = MVDream(small_config())
+    for p in model.unet.parameters():                                            # no zero-initialised layer stays silent
+        torch.nn.init.normal_(p, std=0.05)
+    return model.requires_grad_(False).eval()
+
+
+def test_save_and_load_give_the_same_model(model, tmp_path):
+    model.save(tmp_path / "m.safetensors")
+    again = MVDream.load(tmp_path / "m.safetensors")
+    assert again.config == model.config
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+    assert torch.equal(model.sample("a red bulldog", steps=2), again.sample("a red bulldog", steps=2))
+
+
+def test_latents_have_the_scale_factor(model):
+    model.config.vae.scale_factor = 0.5
+    images = torch.rand(2, 3, 3, 64, 64) * 2 - 1
+    mean, logvar = model.vae.encode(images.flatten(0, 1))
+    torch.testing.assert_close(model.encode(images), 0.5 * mean.unflatten(0, (2, 3)))
+    torch.manual_seed(1)
+    drawn = model.encode(images, sample=True)
+    torch.manual_seed(1)
+    noise = torch.randn_like(mean)
+    torch.testing.assert_close(drawn, (0.5 * (mean + (logvar / 2).exp() * noise)).unflatten(0, (2, 3)))
+    torch.testing.assert_close(model.decode(drawn).flatten(0, 1), model.vae.decode(drawn.flatten(0, 1) / 0.5))
+    model.config.vae.scale_factor = 1.0
+
+
+def test_sample_is_guided_ddim_written_out(model):
+    """Two steps of DDIM by hand: guidance keeps the camera in both halves, the suffix is added, the picture is in [0, 1]."""
+    from mvd import diffusion
+    camera = cameras.camera_numbers(cameras.orbit(20.0, 30.0 + torch.arange(4) * 90.0))[None]
+    text, none = model.embed(["a red bulldog, 3d asset"]), model.embed([""])
+    x = torch.randn(1, 4, 8, 8, 8, generator=torch.Generator().manual_seed(3))
+    abar = diffusion.alphas_cumprod()
+    for t, previous in ((501, 1), (1, 0)):
+        when = torch.tensor([t])
+        eps = model.unet(x, when, none, camera)
+        eps = eps + 3.0 * (model.unet(x, when, text, camera) - eps)
+        x0 = (x - (1 - abar[t]).sqrt() * eps) / abar[t].sqrt()
+        x = abar[previous].sqrt() * x0 + (1 - abar[previous]).sqrt() * eps
+    expected = (model.decode(x) / 2 + 0.5).clamp(0, 1)
+    drawn = model.sample("a red bulldog", steps=2, guidance=3.0, elevation=20, azimuth=30, seed=3)
+    assert drawn.shape == (1, 4, 3, 64, 64)
+    torch.testing.assert_close(drawn, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_sample_of_several_prompts_and_modes(model):
+    both = model.sample(["a red bulldog", "a bulldog"], steps=1, views=2)
+    assert both.shape == (2, 2, 3, 64, 64) and not torch.equal(both[0], both[1])
+    flat = model.sample("a red bulldog", steps=1, views=2, mode="2d")
+    assert not torch.equal(flat, model.sample("a red bulldog", steps=1, views=2))
+    assert not torch.equal(flat, model.sample("a red bulldog", steps=1, views=2, mode="2d", negative="red", guidance=5.0))
+    with pytest.raises(UserError, match="empty"):
+        model.sample(" ")
+
+
+def test_bad_files_end_in_one_line(model, tmp_path):
+    with pytest.raises(UserError, match="no model 'tinny'"):
+        MVDream.load("tinny")
+    path = tmp_path / "m.safetensors"
+    model.save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(UserError, match="damaged"):
+        MVDream.load(path)
+    path.write_bytes(b"<html>not found</html>")
+    with pytest.raises(UserError, match="damaged"):
+        MVDream.load(path)
+    write_safetensors(path, {"weight": torch.zeros(2)})
+    with pytest.raises(UserError, match="not one of an mvd model"):
+        MVDream.load(path)
+    path.write_bytes(whole)
+    tensors, metadata = read_safetensors(path)
+    lost = tensors.pop("unet.conv_in.weight" if "unet.conv_in.weight" in tensors else "unet.conv_out.weight")
+    write_safetensors(path, tensors, metadata)
+    with pytest.raises(UserError, match="conv_out.weight is missing"):
+        MVDream.load(path)
+    write_safetensors(path, {**tensors, "unet.conv_out.weight": lost[:1]}, metadata)
+    with pytest.raises(UserError, match="conv_out.weight has shape"):
+        MVDream.load(path)
+
+
+def test_without_shipped_weights_load_says_how_to_make_them(monkeypatch, tmp_path):
+    monkeypatch.setattr("mvd.model.TINY", tmp_path / "tiny.safetensors")
+    with pytest.raises(UserError, match="train.py"):
+        MVDream.load("tiny")

@@ -1,0 +1,79 @@
+"""The text tower against open_clip's own forward, and the cut vocabulary."""
+import warnings
+
+import pytest
+import torch
+
+from mvd.errors import UserError
+from mvd.text import IDENTIFIERS, TextConfig, TextTower, tokenizer
+
+SMALL = dict(width=32, heads=2, layers=3, unused_layers=0, output_dim=None, context_length=12)
+
+
+def tower(**changes):
+    torch.manual_seed(0)
+    return TextTower(TextConfig(**{**SMALL, **changes})).eval()
+
+
+@torch.no_grad()
+def test_agrees_with_open_clip():
+    """open_clip pools after ln_final without a projection, so the pooled vector is ours at the end token."""
+    from open_clip.transformer import TextTransformer
+    ours = tower()
+    theirs = TextTransformer(12, 49408, 32, 2, 3, output_dim=None).eval()
+    theirs.load_state_dict(ours.tower.state_dict())
+    tokens = tokenizer()(["a bulldog wearing a crown", "red"], context_length=12)
+    assert torch.equal(ours.tokenize(["a bulldog wearing a crown", "red"]), tokens)
+    expected, context = theirs(tokens), ours(tokens)
+    ends = tokens.argmax(-1)
+    torch.testing.assert_close(context[torch.arange(2), ends], expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_penultimate_layer_is_a_shorter_tower():
+    whole = tower(unused_layers=1)
+    short = tower(layers=2)
+    short.load_state_dict({k: v for k, v in whole.state_dict().items() if "resblocks.2" not in k})
+    rows = whole.tokenize(["a red car"])
+    torch.testing.assert_close(whole(rows), short(rows))
+
+
+@torch.no_grad()
+def test_cut_table_gives_what_the_whole_table_gives():
+    words = ("a", "bulldog", "crown", "pedestal", "wearing")
+    whole, cut = tower(), tower(words=words)
+    kept = torch.tensor(sorted(cut.row_of, key=cut.row_of.get))
+    state = whole.state_dict()
+    state["tower.token_embedding.weight"] = state["tower.token_embedding.weight"][kept]
+    cut.load_state_dict(state)
+    prompt = ["a bulldog, wearing a pedestal", ""]
+    torch.testing.assert_close(cut(cut.tokenize(prompt)), whole(whole.tokenize(prompt)))
+    assert cut.tokenize(prompt)[0, -1] == 0
+
+
+def test_unknown_words_are_named_and_left_out():
+    t = tower(words=("a", "bulldog", "crown"))
+    with pytest.warns(UserWarning, match="walrus.*it knows: a bulldog crown"):
+        rows = t.tokenize(["a walrus, a bulldog"])
+    assert torch.equal(rows, t.tokenize(["a, a bulldog"]))
+    with pytest.raises(UserError, match="knows no word of 'ein Hund'.*bulldog"):
+        t.tokenize(["ein Hund"])
+
+
+def test_no_warning_for_known_words_and_the_empty_prompt():
+    t = tower(words=("a", "bulldog"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rows = t.tokenize(["A Bulldog", ""])
+    assert rows[1, :3].tolist() == [t.row_of[t.start], t.row_of[t.end], 0]
+
+
+def test_long_prompts_are_cut_with_a_warning():
+    t = tower()
+    with pytest.warns(UserWarning, match="cut"):
+        rows = t.tokenize(["a red car " * 10])
+    assert rows[0, -1] == t.end
+
+
+def test_identifiers_are_single_tokens():
+    assert all(len(tokenizer().encode(word)) == 1 for word in IDENTIFIERS)

@@ -1,0 +1,114 @@
+"""The autoencoder against numbers from the published definition, and against properties that its layers must have."""
+import json
+import math
+import re
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mvd.vae import VAE, VAEConfig
+
+DATA = Path(__file__).parent / "data"
+SMALL = VAEConfig(channels=32, channel_mult=(1, 2, 2), num_res_blocks=1)
+
+
+def ours(ldm_name):
+    """The published names and ours differ in these words."""
+    name = ldm_name.removeprefix("first_stage_model.")
+    name = name.replace(".block.", ".blocks.").replace("nin_shortcut", "shortcut").replace("sample.conv.", "sample.")
+    name = name.replace("mid.block_1", "middle.0").replace("mid.attn_1", "middle.1").replace("mid.block_2", "middle.2")
+    for short, long in {"q": "query", "k": "key", "v": "value", "proj_out": "out"}.items():
+        name = re.sub(rf"middle\.1\.{short}\.", f"middle.1.{long}.", name)
+    return name
+
+
+def weight_from_name(name, shape):
+    """The reference draws every weight from its name, so that only inputs and outputs need storing."""
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+    if len(shape) > 1:
+        return w / math.sqrt(w[0].numel())
+    return 1 + 0.1 * w if name.endswith("weight") else 0.1 * w
+
+
+@pytest.fixture(scope="module")
+def vae():
+    shapes = json.loads((DATA / "keys_vae_small.json").read_text())
+    model = VAE(SMALL).eval()
+    model.load_state_dict({ours(name): weight_from_name(name, shape) for name, shape in shapes.items()})    # strict
+    return model
+
+
+@pytest.fixture(scope="module")
+def case():
+    return load_file(DATA / "vae_small.safetensors")
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@torch.no_grad()
+def test_encode_agrees_with_the_published_definition(vae, case):
+    mean, logvar = vae.encode(case["image"])
+    assert relative(torch.cat([mean, logvar], 1), case["moments"]) < 1e-5
+
+
+@torch.no_grad()
+def test_decode_agrees_with_the_published_definition(vae, case):
+    assert relative(vae.decode(case["moments"][:, :4]), case["decoded_mean"]) < 1e-5
+
+
+@torch.no_grad()
+def test_channels_last_changes_nothing(vae, case):
+    mean, _ = vae.encode(case["image"])
+    again = VAE(SMALL).eval()
+    again.load_state_dict(vae.state_dict())
+    again = again.to(memory_format=torch.channels_last)
+    assert relative(again.encode(case["image"].contiguous(memory_format=torch.channels_last))[0], mean) < 1e-5
+
+
+@torch.no_grad()
+def test_attention_is_the_textbook_formula(vae, case):
+    block, x = vae.encoder.middle[1].double(), torch.randn(1, 64, 3, 5, dtype=torch.float64)
+    groups = x.view(1, 32, 2, 15)
+    hidden = (groups - groups.mean((2, 3), keepdim=True)) / (groups.var((2, 3), unbiased=False, keepdim=True) + 1e-6).sqrt()
+    hidden = hidden.view(64, 15) * block.norm.weight[:, None] + block.norm.bias[:, None]
+
+    def linear(layer, h):
+        return layer.weight[:, :, 0, 0] @ h + layer.bias[:, None]
+
+    query, key, value = (linear(layer, hidden) for layer in (block.query, block.key, block.value))          # [C, pixels]
+    attended = value @ torch.softmax(query.T @ key / 64 ** 0.5, 1).T
+    expected = x + linear(block.out, attended).view(1, 64, 3, 5)
+    assert torch.allclose(block(x), expected, atol=1e-12)
+    block.float()
+
+
+@torch.no_grad()
+def test_log_variance_is_clamped(vae):
+    model = VAE(SMALL)
+    model.quant_conv.weight.zero_()
+    for bias, clamped in ((-99.0, -30.0), (99.0, 20.0)):
+        model.quant_conv.bias.fill_(bias)
+        mean, logvar = model.encode(torch.zeros(1, 3, 8, 8))
+        assert (logvar == clamped).all() and (mean == bias).all()
+
+
+def test_any_width_and_size():
+    model = VAE(VAEConfig(channels=32, channel_mult=(2, 1, 1, 3), num_res_blocks=2, z_channels=7))
+    image = torch.randn(2, 3, 16, 24, requires_grad=True)
+    mean, logvar = model.encode(image)
+    assert mean.shape == logvar.shape == (2, 7, 2, 3)
+    decoded = model.decode(mean)
+    assert decoded.shape == image.shape
+    decoded.square().sum().backward()
+    assert image.grad.abs().sum() > 0
+
+
+def test_full_size_has_the_parameters_of_stable_diffusion():
+    with torch.device("meta"):
+        model = VAE()
+    assert sum(p.numel() for p in model.parameters()) == 83_653_863
