@@ -1,0 +1,107 @@
+"""Training data: rendered multi-view sets and captioned single images, mixed 70/30 (MVDream §3.2).
+
+A data folder holds `index.jsonl`, one line a picture file:
+  {"file": "sets/000000.png", "kind": "set", "captions": [...], "elevation": deg, "azimuth": deg of the first view, "fov", "distance"}
+  {"file": "images/000000.png", "kind": "image", "captions": [...], ...}
+A set is one RGBA picture of N square views side by side, evenly round 360 degrees; an image is one square view.
+"""
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from . import cameras
+from .errors import UserError
+
+
+@dataclass
+class Data:
+    """The whole data set in memory. A picture keeps its alpha: the background is chosen when it is used."""
+    sets: torch.Tensor                           # uint8 [N, 32, 4, H, W]
+    set_captions: list                           # N lists of captions that mean the same
+    set_cameras: torch.Tensor                    # [N, 32, 16]
+    images: torch.Tensor                         # uint8 [M, 4, H, W]
+    image_captions: list
+
+
+def load(folder):
+    """Read a data folder. Raises UserError if there is none or its pictures differ in size."""
+    index = Path(folder) / "index.jsonl"
+    if not index.is_file():
+        raise UserError(f"{index} is not there: make one with `python -m mvd.toyworld --out {folder}`")
+    items = [json.loads(line) for line in index.read_text().splitlines()]
+
+    def read(item):
+        picture = torch.from_numpy(np.array(Image.open(Path(folder) / item["file"]).convert("RGBA")))         # [H, views·H, 4]
+        return picture.unflatten(1, (-1, picture.shape[0])).permute(1, 3, 0, 2)                              # [views, 4, H, H]
+
+    with ThreadPoolExecutor() as pool:
+        pictures = list(tqdm(pool.map(read, items), total=len(items), desc="reading", unit="file"))
+    of_kind = {kind: [i for i, item in enumerate(items) if item["kind"] == kind] for kind in ("set", "image")}
+    for kind, indices in of_kind.items():
+        if not indices or len({pictures[i].shape for i in indices}) != 1:
+            raise UserError(f"{folder}: training needs files of kind {kind!r}, all of one size")
+    views = pictures[of_kind["set"][0]].shape[0]
+    sets = [items[i] for i in of_kind["set"]]
+    azimuth = torch.tensor([item["azimuth"] for item in sets])[:, None] + torch.arange(views) * 360 / views  # [N, views]
+    orbit = cameras.orbit(torch.tensor([float(item["elevation"]) for item in sets])[:, None], azimuth)
+    return Data(torch.stack([pictures[i] for i in of_kind["set"]]), [item["captions"] for item in sets],
+                cameras.camera_numbers(orbit), torch.cat([pictures[i] for i in of_kind["image"]]),
+                [items[i]["captions"] for i in of_kind["image"]])
+
+
+def on_grey(rgba, grey):
+    """uint8 pictures [..., 4, H, W] over a grey in [0, 1] that broadcasts to [...] -> [..., 3, H, W] in [-1, 1]."""
+    rgba = rgba.float() / 255
+    rgb, alpha = rgba[..., :3, :, :], rgba[..., 3:, :, :]
+    return 2 * (rgb * alpha + grey[..., None, None, None] * (1 - alpha)) - 1
+
+
+def token_table(text, captions, suffix=""):
+    """Every wording of every item as rows of the embedding table: int64 [N, wordings, L]."""
+    return torch.stack([text.tokenize([caption + suffix for caption in wordings]) for wordings in captions])
+
+
+@torch.no_grad()
+def moments(vae, rgba, copies, autocast, batch=512):
+    """Encode pictures once, before the UNet is trained: uint8 [N, views, 4, H, W] -> [copies, N, views, 2c, h, w] in half
+    precision, the mean and standard deviation of the posterior. Each copy of an object has a random grey behind it."""
+    out = []
+    for _ in range(copies):
+        grey = torch.rand(len(rgba), 1, device=rgba.device).expand(rgba.shape[:2]).flatten()                  # one grey an object
+        flat = rgba.flatten(0, 1)
+        parts = []
+        for i in range(0, len(flat), batch):
+            with autocast:
+                mean, logvar = vae.encode(on_grey(flat[i:i + batch], grey[i:i + batch]))
+            parts.append(torch.cat([mean, torch.exp(0.5 * logvar)], 1).half())
+        out.append(torch.cat(parts).unflatten(0, rgba.shape[:2]))
+    return torch.stack(out)
+
+
+def sample_latents(moment):
+    """A sample of the posterior whose mean and standard deviation are stacked in [..., 2c, h, w]."""
+    mean, std = moment.float().chunk(2, dim=-3)
+    return mean + std * torch.randn_like(mean)
+
+
+def draw_sets(moment, camera, tokens, batch):
+    """A multi-view batch: z [B, 4, c, h, w] unscaled, tokens [B, L], camera [B, 4, 16]; the 4 of N views are 90 degrees apart."""
+    device, (copies, objects, views) = moment.device, moment.shape[:3]
+    which, copy, first, wording = (torch.randint(high, (batch,), device=device)
+                                   for high in (objects, copies, views, tokens.shape[1]))
+    view = (first[:, None] + torch.arange(4, device=device) * (views // 4)) % views                           # [B, 4]
+    which, copy = which[:, None], copy[:, None]
+    return sample_latents(moment[copy, which, view]), tokens[which[:, 0], wording], camera[which, view]
+
+
+def draw_images(moment, tokens, batch):
+    """A batch of single images: z [B, 1, c, h, w] unscaled, tokens [B, L], and None for the camera: the 2D mode."""
+    device, (copies, items) = moment.device, moment.shape[:2]
+    which, copy, wording = (torch.randint(high, (batch,), device=device) for high in (items, copies, tokens.shape[1]))
+    return sample_latents(moment[copy, which]), tokens[which, wording], None

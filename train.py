@@ -1,0 +1,232 @@
+"""Train MVDream from nothing: first the autoencoder, then the UNet with the text tower (MVDream §3.2).
+
+    python -m mvd.toyworld --out data/toy --objects 4000 --images 24000
+    python train.py --data data/toy --out runs/tiny
+
+A batch is multi-view with probability 0.7, else single images in 2D mode. On a GPU the whole training step is one CUDA graph.
+Ctrl-C or a kill loses at most --save-every steps: the same command with --resume goes on.
+"""
+import copy
+import math
+import random
+from dataclasses import asdict, dataclass, field
+
+import torch
+from tqdm import tqdm
+
+from mvd import data, diffusion, run
+from mvd.device import GraphedStep, choose_device, random_state, set_random_state, side_stream
+from mvd.model import PRESETS, MVDream
+from mvd.pictures import grid, save_curve, save_png
+from mvd.text import IDENTIFIERS, words_of
+
+
+@dataclass
+class Settings:
+    data: str = field(default="data/toy", metadata={"help": "folder of rendered sets and images (python -m mvd.toyworld)"})
+    out: str = field(default="runs/tiny", metadata={"help": "folder for the model, pictures, log and checkpoint"})
+    preset: str = field(default="tiny", metadata={"help": "sizes of the networks", "choices": tuple(PRESETS)})
+    vae_steps: int = field(default=5000, metadata={"help": "training steps of the autoencoder"})
+    steps: int = field(default=20000, metadata={"help": "training steps of the UNet and the text tower"})
+    batch: int = field(default=64, metadata={"help": "multi-view sets in a batch; an image batch has four times as many pictures"})
+    vae_lr: float = field(default=1e-3, metadata={"help": "peak learning rate of the autoencoder"})
+    vae_batch: int = field(default=32, metadata={"help": "pictures in a batch of the autoencoder"})
+    lr: float = field(default=6e-4, metadata={"help": "peak learning rate, reached after a warm-up and then let down along a cosine"})
+    copies: int = field(default=3, metadata={"help": "how often every object is encoded, each time on another grey"})
+    ema: float = field(default=0.999, metadata={"help": "decay of the averaged weights, which are the result"})
+    sample_every: int = field(default=2500, metadata={"help": "steps between sample grids"})
+    save_every: int = field(default=2500, metadata={"help": "steps between checkpoints"})
+    device: str = field(default="auto", metadata={"help": "cuda, mps or cpu; auto takes the best"})
+    seed: int = field(default=0, metadata={"help": "of everything random"})
+    resume: bool = field(default=False, metadata={"help": "go on from the checkpoint in --out"})
+
+
+MULTIVIEW_SHARE = 0.7          # MVDream §3.2
+UNCONDITIONAL_SHARE = 0.1      # text dropout, for guidance
+KL_WEIGHT = 1e-4               # of the autoencoder's latents, a number of the latent
+LOG_EVERY = 100
+
+
+def learning_rate(step, steps, peak):
+    """Linear warm-up over 2% of the steps, then half a cosine down to 0."""
+    warm_up = max(1, steps // 50)
+    return peak * min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+
+def vae_loss(vae, images):
+    """Absolute and squared error of the pixels, and the KL divergence of the latents to N(0, I) (Rombach et al. 2022, §3.1)."""
+    mean, logvar = vae.encode(images)
+    error = vae.decode(mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)).float() - images
+    kl = 0.5 * (mean.float() ** 2 + logvar.float().exp() - 1 - logvar.float()).mean()
+    return error.abs().mean() + 5 * (error ** 2).mean() + KL_WEIGHT * kl
+
+
+def diffusion_loss(model, z, tokens, camera, no_tokens):
+    """‖ε − ε_θ(x_t; y, c, t)‖² (MVDream eq. 2). z [B, V, c, h, w] unscaled, tokens [B, L], camera [B, V, 16] or None."""
+    x0 = model.config.vae.scale_factor * z
+    t = torch.randint(diffusion.NUM_TIMESTEPS, (len(x0),), device=x0.device)
+    noise = torch.randn_like(x0)
+    drop = torch.rand(len(x0), 1, device=x0.device) < UNCONDITIONAL_SHARE
+    context = model.text(torch.where(drop, no_tokens, tokens))
+    eps = model.unet(diffusion.q_sample(x0, t, noise), t, context, camera)
+    return torch.mean((eps.float() - noise) ** 2)
+
+
+def fit(phase, model, module, losses, shares, first, steps, peak_lr, s, out, state, show):
+    """AdamW on `module` with an average of its weights, which it holds at the end.
+
+    losses: {name: function that draws a batch and returns its loss}; each step takes one of them with probability `shares`.
+    first: the steps of earlier phases, for the log. state: a checkpoint of this phase to go on from, or None. show(step) draws
+    pictures, with the averaged weights in place.
+    """
+    device = model.device
+    cuda = device.type == "cuda"
+    parameters = list(module.parameters())
+    average = [p.detach().clone() for p in parameters]
+    lr, renewal = torch.tensor(peak_lr, device=device), torch.tensor(0.0, device=device)   # of this step; a graph reads them
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=cuda, capturable=cuda)
+    start, choice = 0, random.Random(s.seed)
+    if state:
+        start = state["step"]
+        module.load_state_dict(state["module"])
+        optimizer.load_state_dict(state["optimizer"])
+        optimizer.param_groups[0]["lr"] = lr
+        torch._foreach_copy_(average, [a.to(device) for a in state["average"]])
+        set_random_state(state["random"])
+        choice.choices(range(len(losses)), shares, k=start)                      # skip the draws of the steps that are done
+
+    def train_step(loss_fn):
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
+            loss = loss_fn()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        step_to_average = torch._foreach_sub([p.detach() for p in parameters], average)
+        torch._foreach_mul_(step_to_average, renewal)
+        torch._foreach_add_(average, step_to_average)
+        return loss.detach()
+
+    def checkpoint(step):
+        run.save_checkpoint(out / "checkpoint.safetensors", {
+            "phase": phase, "step": step, "module": module.state_dict(), "optimizer": optimizer.state_dict(), "average": average,
+            "vae": model.vae.state_dict(), "random": random_state()}, {})
+
+    def swap_average():
+        kept = [p.detach().clone() for p in parameters]
+        torch._foreach_copy_([p.detach() for p in parameters], average)
+        torch._foreach_copy_(average, kept)
+
+    steppers = [GraphedStep(lambda f=f: train_step(f), device) for f in losses.values()]
+    sums, counts = torch.zeros(len(losses), device=device), [0] * len(losses)
+    interrupted = run.interrupt_flag()
+    with torch.cuda.stream(side_stream(device)):
+        bar = tqdm(range(start, steps), initial=start, total=steps, desc=phase)
+        for step in bar:
+            lr.fill_(learning_rate(step, steps, peak_lr))
+            renewal.fill_(max(1 - s.ema, 9 / (10 + step)))                       # at first the average forgets faster
+            kind = choice.choices(range(len(losses)), shares)[0]
+            sums[kind] += steppers[kind]()
+            counts[kind] += 1
+            done = step + 1
+            if done % LOG_EVERY == 0 or done == steps:
+                means = {name: total / n for name, total, n in zip(losses, sums.tolist(), counts) if n}
+                run.log(out / "log.jsonl", phase=phase, step=first + done, lr=lr.item(), **means)
+                bar.set_postfix({name: f"{mean:.4f}" for name, mean in means.items()})
+                sums.zero_()
+                counts = [0] * len(losses)
+            if done % s.sample_every == 0 or done == steps:
+                kept = random_state()
+                swap_average()
+                show(first + done)
+                swap_average()
+                set_random_state(kept)
+            if done % s.save_every == 0 or interrupted.is_set():
+                checkpoint(done)
+            if interrupted.is_set():
+                raise KeyboardInterrupt
+    swap_average()
+
+
+def main(argv=None):
+    s = run.parse(Settings, argv, __doc__)
+    device = choose_device(s.device)
+    d = data.load(s.data)
+    out = run.open_run(s.out, asdict(s), s.resume, may_change=("sample_every", "save_every"))
+    torch.manual_seed(s.seed)
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")
+    suffix = PRESETS[s.preset].suffix
+    config = copy.deepcopy(PRESETS[s.preset])
+    config.text.words = tuple(sorted(set(IDENTIFIERS).union(
+        *(set(words_of(c)) - {","} for captions in (d.set_captions, d.image_captions, [[suffix]]) for cs in captions for c in cs))))
+    model = MVDream(config).to(device, memory_format=torch.channels_last)
+    z = config.vae.z_channels
+    torch.nn.init.constant_(model.vae.quant_conv.bias[z:], -6.0)                 # latents start with little noise, and learn sooner
+    state = {"phase": None, "step": 0}
+    if s.resume and (out / "checkpoint.safetensors").exists():                   # killed before the first: from the start
+        state, _ = run.load_checkpoint(out / "checkpoint.safetensors")
+        model.vae.load_state_dict(state["vae"])
+    run.truncate_log(out / "log.jsonl", state["step"] + (s.vae_steps if state["phase"] == "unet" else 0) + 1)
+    sets, images = d.sets.to(device), d.images.to(device)                        # uint8 [N, 32, 4, H, W], [M, 4, H, W]
+
+    # ---- the autoencoder ----
+    def draw_pictures(batch):                                                    # three of four from the sets, on random greys
+        n = batch * 3 // 4
+        i, view, j = (torch.randint(high, (size,), device=device) for high, size in
+                      ((len(sets), n), (sets.shape[1], n), (len(images), batch - n)))
+        return data.on_grey(torch.cat([sets[i, view], images[j]]), torch.rand(batch, device=device))
+
+    @torch.no_grad()
+    def show_vae(step):
+        torch.manual_seed(s.seed)
+        pictures = draw_pictures(64)
+        decoded = model.vae.decode(model.vae.encode(pictures)[0]).clamp(-1, 1)
+        psnr = -10 * torch.log10(torch.mean((decoded - pictures) ** 2 / 4)).item()
+        run.log(out / "log.jsonl", phase="vae", step=step, psnr=psnr)
+        rows = torch.cat([pictures[:8], decoded[:8], pictures[-8:], decoded[-8:]])
+        save_png(out / "progress" / f"vae_{step:06d}.png", grid(rows / 2 + 0.5, 8))
+
+    if state["phase"] != "unet":
+        fit("vae", model, model.vae, {"loss": lambda: vae_loss(model.vae, draw_pictures(s.vae_batch))}, [1.0], 0, s.vae_steps, s.vae_lr, s, out,
+            state if state["phase"] == "vae" else None, show_vae)
+
+    # ---- the UNet and the text tower, on latents that are computed once ----
+    torch.manual_seed(s.seed + 1)
+    model.vae.requires_grad_(False)
+    autocast = torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
+    set_moments = data.moments(model.vae, sets, s.copies, autocast)              # [copies, N, 32, 2c, h, w]
+    image_moments = data.moments(model.vae, images[:, None], s.copies, autocast)   # [copies, M, 1, 2c, h, w]
+    config.vae.scale_factor = 1 / set_moments.chunk(2, dim=3)[0].float().std().item()   # the UNet sees a standard deviation of 1
+    set_tokens = data.token_table(model.text, d.set_captions, suffix).to(device)
+    image_tokens = data.token_table(model.text, d.image_captions).to(device)
+    no_tokens = model.text.tokenize([""]).to(device)
+    set_cameras = d.set_cameras.to(device)
+    del sets, images                                                             # only latents are needed from here on
+
+    def multiview():
+        return diffusion_loss(model, *data.draw_sets(set_moments, set_cameras, set_tokens, s.batch), no_tokens)
+
+    def single():
+        return diffusion_loss(model, *data.draw_images(image_moments, image_tokens, 4 * s.batch), no_tokens)
+
+    prompts = [d.image_captions[i][0] for i in range(0, len(d.image_captions), max(1, len(d.image_captions) // 8))][:8]
+
+    def show_samples(step):
+        with autocast:
+            sets = model.sample(prompts, steps=25, seed=s.seed)                  # [8, 4, 3, H, W]
+            singles = model.sample(prompts, steps=25, seed=s.seed, views=1, mode="2d")
+        save_png(out / "progress" / f"samples_{step:06d}.png", grid(torch.cat([sets, singles], 1).flatten(0, 1), 10))
+        rows = [row for row in run.read_log(out / "log.jsonl") if row["phase"] == "unet"]
+        save_curve(out / "loss.png", {name: [(row["step"] - s.vae_steps, row[name]) for row in rows if name in row]
+                                          for name in ("multiview", "single")}, "step", "loss", log_scale=True)
+
+    trained = torch.nn.ModuleList([model.unet, model.text])
+    fit("unet", model, trained, {"multiview": multiview, "single": single}, [MULTIVIEW_SHARE, 1 - MULTIVIEW_SHARE], s.vae_steps, s.steps, s.lr,
+        s, out, state if state["phase"] == "unet" else None, show_samples)
+    model.save(out / "model.safetensors", torch.float16)
+    print(f"{out / 'model.safetensors'}: python sample.py --model {out / 'model.safetensors'} \"{prompts[0]}\"")
+
+
+if __name__ == "__main__":
+    run.main(main)
