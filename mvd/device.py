@@ -9,11 +9,11 @@ from .errors import UserError
 
 def choose_device(name):
     """"auto" -> the best there is; else "cpu", "cuda", "cuda:1", "mps". Raises UserError if it is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = [*(f"cuda:{i}" for i in range(torch.cuda.device_count())), *["mps"] * torch.backends.mps.is_available(), "cpu"]
     if name == "auto":
-        return next(torch.device(kind) for kind in there if there[kind])
-    if not there.get(name.split(":")[0]):
-        raise UserError(f"there is no device {name!r} here; there is: {', '.join(kind for kind in there if there[kind])}")
+        return torch.device(there[0])
+    if f"{name}:0" not in there and name not in there:
+        raise UserError(f"there is no device {name!r} here; there is: {', '.join(there)}")
     return torch.device(name)
 
 

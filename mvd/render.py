@@ -248,26 +248,27 @@ class Pictures:
     rgb: torch.Tensor
     opacity: torch.Tensor
     depth: torch.Tensor
-    normal: torch.Tensor
+    normal: torch.Tensor        # None if not asked for
 
 
 @torch.no_grad()
-def render_image(nerf, occupancy, c2w, fov_deg, size, background, step, chunk=4096):
+def render_image(nerf, occupancy, c2w, fov_deg, size, background, step, normals=False, chunk=4096):
     """Pictures for people: every step in an occupied cell is looked at, nothing is random, albedo without shading.
 
     c2w [V, 4, 4], fov_deg a number or [V], size in pixels; background a number or [3] in [0, 1], or None for the
-    NeRF's own; chunk: rays at a time. Returns Pictures. Not for a training step: the number of samples is read on the
-    host.
+    NeRF's own; normals: are they wanted too (twice the time); chunk: rays at a time. Returns Pictures. Not for a training
+    step: the number of samples is read on the host.
     """
     origins, directions = (v.reshape(-1, 3) for v in rays(c2w, fov_deg, size))
-    flat = Shading(light=origins.new_zeros(3), softness=0.0)                         # asks for normals, adds no light
+    flat = Shading(light=origins.new_zeros(3), softness=0.0) if normals else None    # asks for normals, adds no light
     pictures = []
     for o, d in zip(origins.split(chunk), directions.split(chunk)):
         first, counts = march(occupancy, o, d, step, jitter=o.new_full((len(o),), 0.5))
         samples = choose(o, d, first, counts, step, budget=max(int(counts[-1]), 1), phase=o.new_zeros(()))
         seen = see(nerf, samples, o, d, nerf.background(d) if background is None else background, flat)
         depth = seen.depth / seen.opacity.clamp(min=1e-6)
-        normal = F.normalize(seen.normal, dim=-1)
-        pictures.append(torch.cat([seen.rgb, seen.opacity[:, None], depth[:, None], normal], -1))
-    pictures = torch.cat(pictures).view(*c2w.shape[:-2], size, size, 8).movedim(-1, -3)          # [V, 8, H, W]
-    return Pictures(*pictures.split((3, 1, 1, 3), dim=-3))
+        normal = [F.normalize(seen.normal, dim=-1)] if normals else []
+        pictures.append(torch.cat([seen.rgb, seen.opacity[:, None], depth[:, None], *normal], -1))
+    pictures = torch.cat(pictures).unflatten(0, (*c2w.shape[:-2], size, size)).movedim(-1, -3)   # [V, 5 or 8, H, W]
+    rgb, opacity, depth, normal = pictures.tensor_split((3, 4, 5), dim=-3)
+    return Pictures(rgb, opacity, depth, normal if normals else None)

@@ -22,10 +22,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .device import keep_memory
 from .errors import UserError
 from .files import read_safetensors, write_atomic, write_safetensors
-from .pictures import (depth_picture, grid, load_png, normal_picture,          # noqa: F401 - the scripts find them here
-                       save_curve, save_png, save_turntable)
 
 # ---------------------------------------------------------------------------------------------------- command line
 
@@ -94,6 +93,7 @@ def main(function):
         print("error:", " ".join(line.split()), file=sys.stderr)
         sys.exit(2)
     warnings.showwarning = lambda message, *_, **__: print("warning:", " ".join(str(message).split()), file=sys.stderr)
+    keep_memory()
     try:
         function()
     except UserError as error:

@@ -1,7 +1,9 @@
 """Tests marked `gpu` need CUDA and are skipped without it. The scripts of the repository's root can be imported."""
+import os
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")                                 # threads that wait leave the cores to others
 import pytest
 import torch
 

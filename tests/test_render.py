@@ -406,7 +406,7 @@ def test_a_graph_holds_the_step(shaded):
 def test_pictures_of_a_ball():
     field, step = Ball(density=400.0, radius=0.5, edge=0.002), DIAGONAL / 512
     c2w = orbit([0.0, 30.0], [0.0, 100.0], 2.0)
-    picture = render_image(field, grid_of(field, step), c2w, 40.0, 33, torch.ones(3), step, chunk=500)
+    picture = render_image(field, grid_of(field, step), c2w, 40.0, 33, torch.ones(3), step, normals=True, chunk=500)
     assert [tuple(getattr(picture, k).shape) for k in ("rgb", "opacity", "depth", "normal")] == [
         (2, 3, 33, 33), (2, 1, 33, 33), (2, 1, 33, 33), (2, 3, 33, 33)]
     assert (picture.depth[:, 0, 16, 16] - 1.5).abs().max() < 0.02
@@ -424,4 +424,5 @@ def test_pictures_of_a_ball():
     covered = picture.opacity[0, 0, 16].gt(0.5).sum() / 33
     assert float(covered) == pytest.approx(math.tan(math.asin(0.25)) / math.tan(math.radians(20)), abs=0.05)
     own = render_image(field, grid_of(field, step), c2w, 40.0, 4, None, step)
+    assert own.normal is None
     assert torch.allclose(own.rgb[:, :, 0, 0], torch.tensor(0.25))

@@ -1,0 +1,54 @@
+"""Devices, random states, and steps captured as CUDA graphs."""
+import pytest
+import torch
+
+from mvd import device
+from mvd.errors import UserError
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "cpu:x", "gpu", ""])
+def test_a_device_that_is_not_there_is_named(name):
+    with pytest.raises(UserError, match="there is: .*cpu"):
+        device.choose_device(name)
+
+
+def test_choices():
+    assert device.choose_device("cpu") == torch.device("cpu")
+    assert device.choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    assert device.choose_dtype("auto", torch.device("cpu")) == torch.float32
+    assert device.choose_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    assert device.choose_dtype("float16", torch.device("cpu")) == torch.float16
+
+
+def test_random_state_goes_on_where_it_was():
+    torch.manual_seed(3)
+    state = device.random_state()
+    first = torch.rand(4)
+    device.set_random_state(state)
+    assert torch.equal(torch.rand(4), first)
+
+
+def test_a_step_off_cuda_is_just_the_step():
+    calls = []
+    step = device.GraphedStep(lambda: calls.append(1) or len(calls), torch.device("cpu"))
+    assert [step() for _ in range(6)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.gpu
+def test_a_captured_step_trains_as_the_step_itself():
+    def train(graphed):
+        torch.manual_seed(0)
+        cuda = torch.device("cuda")
+        layer, x = torch.nn.Linear(8, 8, device=cuda), torch.randn(16, 8, device=cuda)
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, capturable=True)
+
+        def step():
+            optimizer.zero_grad(set_to_none=True)
+            loss = (layer(x) ** 2).mean()
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+        stepper = device.GraphedStep(step, cuda) if graphed else step
+        with torch.cuda.stream(device.side_stream(cuda)):
+            return [stepper().item() for _ in range(10)]
+    assert train(True) == pytest.approx(train(False), rel=1e-5)

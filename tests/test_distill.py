@@ -1,0 +1,495 @@
+"""distill.py: what a run leaves behind, killed and interrupted runs against whole ones, bad input, and the step itself."""
+import dataclasses
+import functools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import distill
+from mvd import MVDream, mesh, render, run, sds
+from mvd.device import GraphedStep, side_stream
+from mvd.files import read_safetensors, write_safetensors
+from mvd.nerf import NeRF, NeRFConfig
+from test_model import small_config
+
+SCRIPT = Path(distill.__file__)
+SETTINGS = dict(steps=6, coarse_size=8, fine_size=16, coarse_sets=1, fine_sets=1, budget=1024, levels=2, log2_entries=10, coarsest=4,
+                finest=16, hidden=8, save_every=2, occupancy_every=2, step_size=0.1, negative="asset", density_threshold=5.0)
+
+
+class Killed(BaseException):
+    """As abrupt as a kill can be inside one process: nothing catches it."""
+
+
+@pytest.fixture(scope="session")
+def model_file(tmp_path_factory):
+    """A model of a few thousand random weights, 32 pixels, whose header asks for a tiny run."""
+    torch.manual_seed(0)
+    config = small_config()
+    config.size, config.distill = 32, SETTINGS
+    model = MVDream(config)
+    for p in model.unet.parameters():                                            # no zero-initialised layer stays silent
+        torch.nn.init.normal_(p, std=0.05)
+    path = tmp_path_factory.mktemp("model") / "small.safetensors"
+    model.save(path)
+    return path
+
+
+@pytest.fixture
+def start(model_file, tmp_path, monkeypatch):
+    """start(out, *flags) is the command in this process; returns its exit status. Paths are below tmp_path."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(distill, "LOG_EVERY", 1)
+    monkeypatch.setattr(run, "keep_memory", lambda: None)
+    monkeypatch.setattr(mesh, "extract", functools.partial(mesh.extract, resolution=24))
+    handler = signal.getsignal(signal.SIGINT)
+
+    def start(out, *flags, prompt="a red bulldog", model=model_file):
+        monkeypatch.setattr(sys, "argv", ["distill.py", prompt, "--model", str(model), "--device", "cpu", "--out", str(out), *flags])
+        try:
+            run.main(distill.main)
+        except SystemExit as end:
+            return end.code
+        return 0
+    yield start
+    signal.signal(signal.SIGINT, handler)
+
+
+def contents(folder, without=("config.json",)):
+    return {path: path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file() and path.name not in without}
+
+
+def assert_same_run(a, b):
+    """Field, checkpoint, log, pictures and mesh, bit for bit."""
+    for file in ("field.safetensors", "checkpoint.safetensors"):                 # the order of a header's entries is not fixed
+        (ours, header), (theirs, other_header) = (read_safetensors(Path(folder) / file) for folder in (a, b))
+        assert ours.keys() == theirs.keys() and header == other_header
+        for name in ours:
+            assert torch.equal(ours[name], theirs[name]), name
+    without = ("config.json", "checkpoint.safetensors")
+    everything = [{path.relative_to(folder): content for path, content in contents(folder, without).items()} for folder in (a, b)]
+    assert everything[0].keys() == everything[1].keys()
+    assert [name for name in everything[0] if everything[0][name] != everything[1][name]] == []
+
+# ---------------------------------------------------------------------------------------------------- a whole run
+
+
+def test_a_run_leaves_everything_behind(start, tmp_path, capsys):
+    assert start("run", "--hidden", "4", "--save-every", "4") == 0
+    out = tmp_path / "run"
+    assert {path.name for path in out.iterdir()} == {
+        "config.json", "log.jsonl", "loss.png", "progress", "views.png", "views4.png", "depth.png", "normals.png", "turntable.webp",
+        "views.safetensors", "field.safetensors", "checkpoint.safetensors", "mesh.glb", "mesh.obj"}
+    printed = capsys.readouterr().out
+    assert "6 steps and all results" in printed and "no mesh" not in printed
+    config = json.loads((out / "config.json").read_text())
+    assert config["hidden"] == 4 and config["steps"] == 6                        # a flag; the model's header
+    assert config["guidance"] == 50 and config["prompt"] == "a red bulldog"      # distill.py's own; as it was given
+    rows = run.read_log(out / "log.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    for i, row in enumerate(rows):                                               # the annealed times, written out
+        share = min(i / 6 / 0.8, 1)
+        assert row["t_low"] == pytest.approx(0.98 - 0.96 * share, abs=1e-6)
+        assert row["t_high"] == pytest.approx(0.98 - 0.48 * share, abs=1e-6)
+    assert [path.name for path in sorted((out / "progress").iterdir())] == [f"{i:06d}.png" for i in range(1, 7)]
+    for name, width, height in (("views4.png", 4, 1), ("views.png", 4, 2), ("depth.png", 4, 2), ("normals.png", 4, 2)):
+        assert Image.open(out / name).size == (34 * width - 2, 34 * height - 2)
+    assert Image.open(out / "turntable.webp").is_animated
+    views, _ = read_safetensors(out / "views.safetensors")
+    assert views["rgb"].shape == (8, 3, 32, 32) and views["opacity"].shape == (8, 1, 32, 32)
+    assert torch.equal(views["azimuth"], torch.arange(8) * 45.0) and 0 < views["opacity"].mean() < 1
+    assert views["distance"].item() == pytest.approx(0.9 / 0.36397, rel=1e-4)    # tan(20 degrees)
+    assert run.load_checkpoint(out / "checkpoint.safetensors")[0]["step"] == 6   # the last, whatever --save-every
+    field, _ = read_safetensors(out / "field.safetensors")
+    nerf = NeRF(NeRFConfig(levels=2, log2_entries=10, coarsest=4, finest=16, hidden=4))
+    nerf.load_state_dict(field)
+    assert nerf.density(torch.zeros(1, 3)).item() > 5
+
+
+def test_without_a_surface_there_is_a_line_and_no_mesh(start, tmp_path, capsys):
+    assert start("run", "--steps", "1", "--density-threshold", "1000") == 0
+    assert re.search("no mesh: .* stays below 1000", capsys.readouterr().out)
+    assert not list((tmp_path / "run").glob("mesh.*")) and (tmp_path / "run" / "turntable.webp").exists()
+
+
+def test_resolution_light_and_orientation_follow_the_schedule(start, monkeypatch):
+    make_step, calls = distill.make_step, []
+
+    def recording(s, model, nerf, occupancy, optimizer, context, low, high, light, orientation, size, sets):
+        step = make_step(s, model, nerf, occupancy, optimizer, context, low, high, light, orientation, size, sets)
+
+        def recorded():
+            calls.append((size, sets, light.item(), orientation.item()))
+            return step()
+        return recorded
+    monkeypatch.setattr(distill, "make_step", recording)
+    assert start("run", "--shading", "--coarse-sets", "2", "--fine-from", "0.3", "--steps", "4") == 0
+    assert calls == [(8, 2, 0, 10), (8, 2, 0, 505), (16, 1, 1, 1000), (16, 1, 1, 1000)]
+
+
+def test_the_model_is_asked_with_cameras_or_without(start, monkeypatch):
+    loss, asked = sds.loss, []
+
+    def recording(unet, latents, t, context, camera, *rest):
+        asked.append((tuple(latents.shape), context, camera))
+        return loss(unet, latents, t, context, camera, *rest)
+    monkeypatch.setattr(sds, "loss", recording)
+    for mode in ("3d", "2d"):
+        assert start(mode, "--mode", mode, "--steps", "1", "--suffix", ", 3d asset") == 0
+    (shape, context, camera), (flat_shape, flat_context, none) = asked
+    assert shape == flat_shape == (1, 4, 8, 4, 4)
+    assert camera.shape == (1, 4, 16) and none is None
+    assert not torch.equal(context[0], flat_context[0]) and torch.equal(context[1], flat_context[1])       # suffix; negative
+
+# ---------------------------------------------------------------------------------------------------- kills and interrupts
+
+
+WHOLE = {}
+
+
+@pytest.fixture
+def whole(start, tmp_path):
+    """whole(*flags) -> folder of a run with these settings that nothing disturbed; made once."""
+    def whole(*flags):
+        key = (*flags, torch.get_num_threads(), distill.LOG_EVERY)
+        if key not in WHOLE:
+            assert start(tmp_path / "whole", *flags) == 0
+            WHOLE[key] = tmp_path / "whole"
+        return WHOLE[key]
+    return whole
+
+
+def die_after(patch, moment, step):
+    """Kill the run after it logged a step, after it saved one, or before it writes the first result."""
+    log, save = run.log, run.save_checkpoint
+
+    def log_then_die(path, **row):
+        log(path, **row)
+        if row["step"] == step:
+            raise Killed
+
+    def save_then_die(path, state, meta):
+        save(path, state, meta)
+        if state["step"] == step:
+            raise Killed
+
+    def die(*_):
+        raise Killed
+    owner, name, function = {"log": (run, "log", log_then_die), "save": (run, "save_checkpoint", save_then_die),
+                             "results": (distill, "write_results", die)}[moment]
+    patch.setattr(owner, name, function)
+
+
+@pytest.mark.parametrize("flags, threads, moment, step", [
+    ([], 1, "log", 1),                                                           # before the first checkpoint
+    ([], 1, "save", 2),                                                          # right after one
+    ([], 1, "log", 5),                                                           # between two: a row is ahead of its checkpoint
+    ([], 1, "results", 6),                                                       # all steps done, nothing shown
+    (["--mode", "2d"], 1, "log", 3),
+    (["--shading", "--shading-from", "0.4"], 1, "log", 3),
+    # A million look-ups in the grid, so many that threads would add them up in another order each time, were they allowed to.
+    (["--shading", "--loss", "sds", "--steps", "2", "--save-every", "1", "--coarse-size", "32", "--budget", "65536"], 2, "save", 1),
+], ids=lambda v: " ".join(v) if isinstance(v, list) else None)
+def test_a_killed_run_resumes_bit_for_bit(start, monkeypatch, whole, flags, threads, moment, step, tmp_path):
+    torch.set_num_threads(threads)
+    try:
+        undisturbed = whole(*flags)
+        with monkeypatch.context() as patch:
+            die_after(patch, moment, step)
+            with pytest.raises(Killed):
+                start("killed", *flags)
+        assert (tmp_path / "killed" / "checkpoint.safetensors").exists() == ((moment, step) != ("log", 1))
+        assert not (tmp_path / "killed" / "views.png").exists()
+        torch.rand(7)                                                            # another process has other random numbers
+        assert start("killed", "--resume", *flags) == 0
+    finally:
+        torch.set_num_threads(1)
+    assert_same_run(undisturbed, tmp_path / "killed")
+
+
+def test_a_run_of_another_device_can_be_resumed(start, whole, tmp_path, monkeypatch):
+    """On CUDA the optimizer's groups are capturable, which AdamW refuses on a CPU, and --device may change."""
+    with monkeypatch.context() as patch:
+        die_after(patch, "save", 4)
+        with pytest.raises(Killed):
+            start("moved")
+    path = tmp_path / "moved" / "checkpoint.safetensors"
+    state, meta = run.load_checkpoint(path)
+    for group in state["optimizer"]["param_groups"]:
+        group["capturable"] = True
+    run.save_checkpoint(path, state, meta)
+    assert start("moved", "--resume") == 0
+    assert contents(tmp_path / "moved")[tmp_path / "moved" / "field.safetensors"] == (whole() / "field.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("step", [1, 3, 6])
+def test_an_interrupt_saves_and_says_how_to_resume(start, whole, monkeypatch, step, tmp_path, capsys):
+    log, event = run.log, threading.Event()
+
+    def log_then_interrupt(path, **row):
+        log(path, **row)
+        if row["step"] == step:
+            event.set()
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "log", log_then_interrupt)
+        patch.setattr(run, "interrupt_flag", lambda: event)
+        capsys.readouterr()
+        assert start("halted") == (130 if step < 6 else 0)                       # at the last step nothing is lost
+    printed = capsys.readouterr().out
+    assert (tmp_path / "halted" / "mesh.glb").exists() and (tmp_path / "halted" / "loss.png").exists()
+    assert run.load_checkpoint(tmp_path / "halted" / "checkpoint.safetensors")[0]["step"] == step
+    if step < 6:
+        assert f"interrupted after {step} of 6 steps" in printed and "--resume" in printed and "halted" in printed
+        assert start("halted", "--resume") == 0
+    assert_same_run(whole(), tmp_path / "halted")
+
+
+def test_ctrl_c_from_the_keyboard(start, whole, model_file, tmp_path, monkeypatch):
+    """A real process, its default folder, and a real signal."""
+    flags = ["--model", str(model_file), "--device", "cpu", "--steps", "20"]
+    process = subprocess.Popen([sys.executable, SCRIPT, "a red bulldog", *flags], cwd=tmp_path, stdout=subprocess.PIPE, text=True,
+                               stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    folder = tmp_path / "runs" / "a-red-bulldog"
+    deadline = time.time() + 120
+    while not (folder / "progress" / "000002.png").exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert re.search(r"^interrupted after \d+ of 20 steps.*--resume", out, re.MULTILINE) and "Traceback" not in err
+    assert (folder / "turntable.webp").exists()
+    monkeypatch.setattr(distill, "LOG_EVERY", 10)                                # as in the process
+    assert start(folder, "--resume", "--steps", "20") == 0
+    assert_same_run(whole("--steps", "20"), folder)
+
+# ---------------------------------------------------------------------------------------------------- bad input
+
+
+def damage(path):
+    path.write_bytes(path.read_bytes()[:-100])
+    return path
+
+
+@pytest.mark.parametrize("flags, prompt, words", [
+    ([], "", "prompt is empty"),
+    ([], "  ", "prompt is empty"),
+    ([], "zebra, unicorn", "knows no word of 'zebra, unicorn'; it knows: 3d a asset bulldog red"),
+    (["--suffix", ", 3d asset"], "zebra", "knows no word of 'zebra'"),
+    (["--negative", "ugly"], "a red bulldog", "knows no word of 'ugly'"),
+    (["--stepz", "3"], "a red bulldog", "--stepz"),
+    (["bulldog"], "a red", "quotes"),
+    (["--seed", "99999999999999999999"], "a red bulldog", "--seed"),
+    (["--steps", "0"], "a red bulldog", "--steps"),
+    (["--mode", "4d"], "a red bulldog", "--mode"),
+    (["--model", "tinny"], "a red bulldog", "no model 'tinny'"),
+    (["--model", "damaged"], "a red bulldog", "damaged"),
+    (["--model", "other"], "a red bulldog", "not one of an mvd model"),
+    (["--device", "cuda"], "a red bulldog", "no device 'cuda'"),
+    (["--device", "gpu"], "a red bulldog", "no device 'gpu'"),
+    (["--out", "file/run"], "a red bulldog", "cannot make the folder file/run"),
+    (["--out", "file"], "a red bulldog", "cannot make the folder file"),
+    (["--resume"], "a red bulldog", "no run to resume in new"),
+])
+def test_bad_input_is_one_line_and_makes_nothing(start, flags, prompt, words, tmp_path, model_file, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    Path("file").write_text("mine")
+    Path("damaged").write_bytes(model_file.read_bytes())
+    damage(Path("damaged"))
+    write_safetensors("other", {"weight": torch.zeros(2)})
+    before = contents(tmp_path, ())
+    assert start("new", *flags, prompt=prompt) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ") and err.count("\n") == 1 and words in err and out == ""
+    assert contents(tmp_path, ()) == before and not Path("new").exists()
+
+
+@pytest.fixture(scope="session")
+def a_run(tmp_path_factory):
+    return tmp_path_factory.mktemp("run") / "run"
+
+
+def checkpoint_of_train(path):
+    run.save_checkpoint(path, {"phase": "vae", "step": 2, "module": {"weight": torch.zeros(2)}, "average": [], "random": {}}, {})
+
+
+def checkpoint_of_another_field(path):
+    state, meta = run.load_checkpoint(path)
+    state["nerf"]["grid.table"] = torch.zeros(5, 2)
+    run.save_checkpoint(path, state, meta)
+
+
+@pytest.mark.parametrize("flags, change, words", [
+    ([], None, "already holds a run; continue it with --resume or choose another --out"),
+    (["--resume", "--seed", "1"], None, "was run with seed = 0, now it is 1"),
+    (["--resume", "--mode", "2d"], None, "was run with mode"),
+    (["--resume"], damage, "damaged"),
+    (["--resume"], lambda path: path.write_bytes(b""), "damaged"),
+    (["--resume"], lambda path: write_safetensors(path, {"weight": torch.zeros(2)}), "not a checkpoint of a run"),
+    (["--resume"], checkpoint_of_train, "not of this run"),
+    (["--resume"], checkpoint_of_another_field, "not of this run"),
+])
+def test_bad_resume_is_one_line_and_changes_nothing(start, a_run, flags, change, words, capsys):
+    if not a_run.exists():
+        assert start(a_run, "--steps", "2") == 0
+    checkpoint = a_run / "checkpoint.safetensors"
+    kept = checkpoint.read_bytes()
+    if change:
+        change(checkpoint)
+    before = contents(a_run)
+    config = json.loads((a_run / "config.json").read_text())
+    capsys.readouterr()
+    status = start(a_run, "--steps", "2", *flags)
+    after = contents(a_run)
+    checkpoint.write_bytes(kept)
+    out, err = capsys.readouterr()
+    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and words in err and out == ""
+    assert after == before
+    now = json.loads((a_run / "config.json").read_text())
+    assert {**now, "resume": None} == {**config, "resume": None}
+
+
+def test_unknown_words_are_named_once_in_one_clean_line(start, capsys):
+    assert start("run", "--steps", "1", "--suffix", ", asset", prompt="a red wombat and bulldog") == 0
+    err = capsys.readouterr().err
+    warnings = [line for line in err.replace("\r", "\n").splitlines() if line and "%|" not in line]        # not the progress bar's
+    assert warnings == ["warning: the model does not know wombat, and: left out; it knows: 3d a asset bulldog red"]
+
+# ---------------------------------------------------------------------------------------------------- the step
+
+
+def parts(model_file, device="cpu", **settings):
+    """(step, nerf, occupancy, settings) as distill.distill makes them, in the middle of a run."""
+    s = distill.Settings("a red bulldog", **{**SETTINGS, **settings})
+    model = MVDream.load(model_file)
+    context = model.embed([s.prompt, s.negative]).to(device)
+    model = model.to(device)
+    torch.manual_seed(s.seed)
+    nerf = NeRF(NeRFConfig(levels=s.levels, log2_entries=s.log2_entries, coarsest=s.coarsest, finest=s.finest, hidden=s.hidden))
+    torch.nn.init.normal_(nerf.grid.table, std=0.5)                              # its own U(±1e-4) would hide what depends on it
+    nerf, occupancy = nerf.to(device), render.OccupancyGrid().to(device)
+    if device != "meta":
+        occupancy.update(nerf.density, s.step_size, everywhere=True)
+    optimizer = (torch.optim.SGD(nerf.parameters(), lr=1e-3) if device == "meta" else
+                 torch.optim.AdamW(nerf.parameters(), lr=0.01, eps=1e-15, capturable=device == "cuda"))
+    low, high, light, orientation = (torch.tensor(v, device=device) for v in (0.4, 0.6, 1.0, 1000.0))
+    step = distill.make_step(s, model, nerf, occupancy, optimizer, context, low, high, light, orientation, s.coarse_size, s.coarse_sets)
+    return step, nerf, occupancy, orientation
+
+
+GROUPS = ("grid.", "to_density.", "to_albedo.", "to_background.")
+
+
+def gradients(nerf):
+    """The largest gradient in each part of the field."""
+    return {g: max(p.grad.abs().max().item() for name, p in nerf.named_parameters() if name.startswith(g)) for g in GROUPS}
+
+
+@pytest.mark.parametrize("loss", ["x0", "sds"])
+@pytest.mark.parametrize("mode", ["3d", "2d"])
+def test_a_step_reaches_every_part_of_the_field(model_file, loss, mode):
+    step, nerf, _, _ = parts(model_file, loss=loss, mode=mode, random_background=0.0)
+    before = {name: p.detach().clone() for name, p in nerf.named_parameters()}
+    assert torch.isfinite(step()) and min(gradients(nerf).values()) > 0
+    assert all(not torch.equal(p, before[name]) for name, p in nerf.named_parameters())
+
+
+def test_the_losses_differ_and_so_do_their_gradients(model_file):
+    tables = []
+    for loss in ("x0", "sds"):
+        step, nerf, _, _ = parts(model_file, loss=loss)
+        step()
+        tables.append(nerf.grid.table.grad)
+    assert not torch.allclose(*tables)
+
+
+def test_random_background_replaces_the_environment_in_that_share_of_the_steps(model_file):
+    for share, steps, least, most in ((0.0, 4, 4, 4), (0.5, 16, 4, 12), (1.0, 4, 0, 0)):
+        step, nerf, _, _ = parts(model_file, random_background=share)
+        environment = 0
+        for _ in range(steps):
+            step()
+            environment += gradients(nerf)["to_background."] > 0
+        assert least <= environment <= most
+
+
+def test_backgrounds_are_one_colour_or_one_grey(model_file, monkeypatch):
+    seen, draw = [], render.render
+
+    def recording(nerf, occupancy, origins, directions, background, *rest, **more):
+        seen.append(background.detach())
+        return draw(nerf, occupancy, origins, directions, background, *rest, **more)
+    monkeypatch.setattr(render, "render", recording)
+    for grey in (False, True):
+        parts(model_file, random_background=1.0, grey_background=grey)[0]()
+        assert (seen[-1] == seen[-1][0]).all() and (seen[-1][0] == seen[-1][0, 0]).all() == grey
+
+
+def test_shading_draws_textureless_steps_and_adds_the_orientation_loss(model_file):
+    step, nerf, _, orientation = parts(model_file, shading=True)
+    albedo = []
+    for _ in range(16):
+        assert torch.isfinite(step())
+        albedo.append(gradients(nerf)["to_albedo."] > 0)
+        assert gradients(nerf)["grid."] > 0
+    assert 7 <= sum(albedo) <= 13                                                # 62.5% of the steps show the albedo
+    losses, tables = [], []
+    for weight in (0.0, 1000.0):                                                 # the same draws
+        step, nerf, _, orientation = parts(model_file, shading=True)
+        orientation.fill_(weight)
+        losses.append(step())
+        tables.append(nerf.grid.table.grad)
+    assert torch.equal(*losses) and not torch.allclose(*tables)
+
+
+@pytest.mark.parametrize("settings", [{}, {"shading": True, "mode": "2d", "grey_background": True, "loss": "sds"}])
+def test_a_step_has_static_shapes_and_copies_nothing_to_the_device(model_file, settings):
+    """On PyTorch's device without data, whatever a shape would depend on does not exist, and reading a number raises. A tensor that
+    is made of Python numbers there shows as lift_fresh, one that is copied as an operation with a tensor of the CPU."""
+    step, *_ = parts(model_file, "meta", **settings)
+    step()                                                                       # the noise schedule is copied once
+    copies = []
+
+    class Watch(TorchDispatchMode):
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            tensors = [t for t in tree_leaves((args, result)) if isinstance(t, torch.Tensor)]
+            if "lift_fresh" in str(function) and result.is_meta or len({t.is_meta for t in tensors}) > 1:
+                copies.append(str(function))
+            return result
+    with Watch():
+        assert step().shape == ()
+    assert copies == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [{}, {"shading": True, "mode": "2d", "grey_background": True, "loss": "sds"}])
+def test_a_step_on_cuda_never_waits(model_file, settings):
+    """Eager and as a CUDA graph: neither asks the host for anything, and both train."""
+    step, nerf, *_ = parts(model_file, "cuda", **settings)
+    stepper = GraphedStep(step, torch.device("cuda"))
+    with torch.cuda.stream(side_stream(torch.device("cuda"))):
+        for calls in (2, 4):                                                     # eager, then captured
+            for _ in range(calls):
+                stepper()
+            before = nerf.grid.table.detach().clone()
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                loss = stepper()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            assert torch.isfinite(loss) and not torch.equal(nerf.grid.table, before)
+            assert (stepper.graph is not None) == (calls == 4)

@@ -1,0 +1,107 @@
+"""sample.py: the picture it writes, what changes it and what does not, and bad input in one line."""
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sample
+from mvd import MVDream, run
+from mvd.files import write_safetensors
+from mvd.pictures import grid, load_png
+from test_model import small_config
+
+SCRIPT = Path(sample.__file__)
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory):
+    torch.manual_seed(0)
+    model = MVDream(small_config())
+    for p in model.unet.parameters():                                            # no zero-initialised layer stays silent
+        torch.nn.init.normal_(p, std=0.05)
+    path = tmp_path_factory.mktemp("model") / "small.safetensors"
+    model.save(path)
+    return path
+
+
+@pytest.fixture
+def start(model_file, tmp_path, monkeypatch):
+    """start(*flags) is the command in this process, two steps long; returns its exit status."""
+    monkeypatch.chdir(tmp_path)
+
+    def start(*flags, prompt="a red bulldog"):
+        monkeypatch.setattr(sys, "argv", ["sample.py", prompt, "--model", str(model_file), "--device", "cpu", "--steps", "2", *flags])
+        try:
+            run.main(sample.main)
+        except SystemExit as end:
+            return end.code
+        return 0
+    return start
+
+
+def test_it_writes_what_the_model_draws(start, model_file, capsys):
+    assert start() == 0
+    assert "samples/a-red-bulldog.png: 4 views" in capsys.readouterr().out
+    drawn = MVDream.load(model_file).sample("a red bulldog", steps=2)[0]         # [4, 3, 64, 64]
+    picture = load_png("samples/a-red-bulldog.png")
+    assert picture.shape == (3, 64, 4 * 66 - 2)
+    torch.testing.assert_close(picture, grid(drawn, 4), rtol=0, atol=0.51 / 255)
+
+
+def test_the_same_seed_gives_the_same_bytes(start):
+    def draw(*flags):
+        assert start("--out", "deep/er/x.png", *flags) == 0                      # drawn over the last one
+        return Path("deep/er/x.png").read_bytes()
+    first = draw()
+    assert draw() == first and draw("--seed", "0") == first
+    others = [draw(*flags) for flags in (
+        ["--seed", "1"], ["--azimuth", "30"], ["--elevation", "0"], ["--span", "180"], ["--mode", "2d"], ["--guidance", "1"],
+        ["--negative", "red"], ["--rescale", "0.7"], ["--sampler", "ddpm"], ["--eta", "1"], ["--steps", "3"])]
+    assert len({first, *others}) == 1 + len(others)
+
+
+@pytest.mark.parametrize("views, width, height", [(1, 1, 1), (3, 3, 1), (9, 8, 2)])
+def test_views_stand_in_rows_of_eight(start, views, width, height):
+    assert start("--views", str(views), "--steps", "1", "--out", "x.png") == 0
+    assert load_png("x.png").shape == (3, 66 * height - 2, 66 * width - 2)
+
+
+@pytest.mark.parametrize("flags, prompt, words", [
+    ([], " ", "prompt is empty"),
+    ([], "zebra", "knows no word of 'zebra'; it knows: 3d a asset bulldog red"),              # although the suffix is known
+    (["--negative", "ugly"], "a bulldog", "knows no word of 'ugly'"),
+    (["--view", "3"], "a bulldog", "--view"),
+    (["--views", "0"], "a bulldog", "--views"),
+    (["--seed", "99999999999999999999"], "a bulldog", "--seed"),
+    (["--steps", "1001"], "a bulldog", "--steps"),
+    (["--model", "tinny"], "a bulldog", "no model 'tinny'"),
+    (["--model", "damaged"], "a bulldog", "damaged"),
+    (["--model", "other"], "a bulldog", "not one of an mvd model"),
+    (["--device", "cuda"], "a bulldog", "no device 'cuda'"),
+    (["--out", "damaged/x.png"], "a bulldog", "cannot make the folder damaged"),
+    (["--out", "folder"], "a bulldog", "folder"),
+])
+def test_bad_input_is_one_line_and_changes_nothing(start, flags, prompt, words, tmp_path, model_file, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    Path("damaged").write_bytes(model_file.read_bytes()[:-100])
+    write_safetensors("other", {"weight": torch.zeros(2)})
+    Path("folder").mkdir()
+    Path("folder/x.png").write_text("mine")
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    assert start("--out", "folder/x.png", *flags, prompt=prompt) == 2
+    out, err = capsys.readouterr()
+    errors = [line for line in err.replace("\r", "\n").splitlines() if line and "%|" not in line]          # not the progress bar's
+    assert len(errors) == 1 and errors[0].startswith("error: ") and words in errors[0] and out == ""
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
+def test_unknown_words_are_named_once_in_one_clean_line(model_file, tmp_path):
+    """A real process, with nothing between it and stderr."""
+    ended = subprocess.run([sys.executable, SCRIPT, "a red wombat", "--model", model_file, "--device", "cpu", "--steps", "1"],
+                           cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 0 and (tmp_path / "samples" / "a-red-wombat.png").exists()
+    lines = [line for line in re.split("[\r\n]", ended.stderr) if line and "%|" not in line]
+    assert lines == ["warning: the model does not know wombat: left out; it knows: 3d a asset bulldog red"]
