@@ -113,7 +113,8 @@ def make_step(s, model, nerf, occupancy, optimizer, context, low, high, light, o
         loss = sds.loss(model.unet, latents, t, context, camera, s.guidance, s.rescale, s.loss)
         total = loss
         if s.shading:
-            total = loss + orientation * render.orientation_loss(seen.weights, seen.normals, directions[seen.samples.ray], seen.opacity)
+            ray_directions = directions[seen.samples.ray]                        # [S, 3]
+            total = loss + orientation * render.orientation_loss(seen.weights, seen.normals, ray_directions, seen.opacity)
         optimizer.zero_grad(set_to_none=True)
         total.backward()
         optimizer.step()
@@ -185,7 +186,8 @@ def distill(s, model, out, state=None):
             "random": random_state()}, {})
 
     low, high, light, orientation = (torch.zeros((), device=device) for _ in range(4))
-    coarse, fine = (GraphedStep(make_step(s, model, nerf, occupancy, optimizer, context, low, high, light, orientation, size, sets), device)
+    scheduled = (low, high, light, orientation)
+    coarse, fine = (GraphedStep(make_step(s, model, nerf, occupancy, optimizer, context, *scheduled, size, sets), device)
                     for size, sets in ((s.coarse_size, s.coarse_sets), (s.fine_size, s.fine_sets)))
     interrupted = run.interrupt_flag()
     show_every = max(1, s.steps // 20)

@@ -188,8 +188,8 @@ def main(argv=None):
         save_png(out / "progress" / f"vae_{step:06d}.png", grid(rows / 2 + 0.5, 8))
 
     if state["phase"] != "unet":
-        fit("vae", model, model.vae, {"loss": lambda: vae_loss(model.vae, draw_pictures(s.vae_batch))}, [1.0], 0, s.vae_steps, s.vae_lr, s, out,
-            state if state["phase"] == "vae" else None, show_vae)
+        fit("vae", model, model.vae, {"loss": lambda: vae_loss(model.vae, draw_pictures(s.vae_batch))}, [1.0],
+            0, s.vae_steps, s.vae_lr, s, out, state if state["phase"] == "vae" else None, show_vae)
 
     # ---- the UNet and the text tower, on latents that are computed once ----
     torch.manual_seed(s.seed + 1)
@@ -222,8 +222,8 @@ def main(argv=None):
                                           for name in ("multiview", "single")}, "step", "loss", log_scale=True)
 
     trained = torch.nn.ModuleList([model.unet, model.text])
-    fit("unet", model, trained, {"multiview": multiview, "single": single}, [MULTIVIEW_SHARE, 1 - MULTIVIEW_SHARE], s.vae_steps, s.steps, s.lr,
-        s, out, state if state["phase"] == "unet" else None, show_samples)
+    fit("unet", model, trained, {"multiview": multiview, "single": single}, [MULTIVIEW_SHARE, 1 - MULTIVIEW_SHARE],
+        s.vae_steps, s.steps, s.lr, s, out, state if state["phase"] == "unet" else None, show_samples)
     model.save(out / "model.safetensors", torch.float16)
     print(f"{out / 'model.safetensors'}: python sample.py --model {out / 'model.safetensors'} \"{prompts[0]}\"")
 

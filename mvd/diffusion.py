@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from mvd.errors import UserError
+from .errors import UserError
 
 NUM_TIMESTEPS = 1000
 

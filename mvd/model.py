@@ -41,7 +41,11 @@ PRESETS = {
                         attention_resolutions=(1, 2, 4), head_dim=32, context_dim=192, groups=8),
         vae=VAEConfig(channels=32, channel_mult=(1, 2, 2, 4), num_res_blocks=1, z_channels=8, scale_factor=1.0, groups=8),
         text=TextConfig(width=192, heads=6, layers=2, unused_layers=0, output_dim=None, context_length=24),
-        size=128, guidance=4.0),
+        size=128, guidance=4.0,
+        distill=dict(steps=400, save_every=25, negative="", suffix=", 3d asset", guidance=10.0,
+                     coarse_size=32, coarse_sets=1, fine_size=64, fine_sets=1, budget=49152, step_size=0.027,
+                     random_background=1.0, grey_background=True,                # what it was trained on
+                     levels=8, log2_entries=15, coarsest=8, finest=256, lr_grid=0.05, lr=0.01, occupancy_every=8)),
 }
 
 
@@ -74,7 +78,8 @@ class MVDream(nn.Module):
         """
         path = TINY if name == "tiny" else Path(name)
         if name == "tiny" and not path.is_file():
-            raise UserError("this copy of mvd has no trained weights (mvd/tiny.safetensors): make some with train.py, then name their file")
+            raise UserError("this copy of mvd has no trained weights (mvd/tiny.safetensors): make some with train.py and name their "
+                            "file")
         if not path.is_file():
             raise UserError(f"there is no model {str(name)!r}: give \"tiny\" or the path of a .safetensors file of mvd")
         parts, header = weights.read_model(path)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
-from mvd.hashgrid import HashGrid, HashGridConfig
+from .hashgrid import HashGrid, HashGridConfig
 
 
 @dataclass
@@ -22,12 +22,6 @@ class NeRFConfig(HashGridConfig):
     blob_strength: float = 10.0     # what the centre adds to the raw density
     blob_radius: float = 0.5        # where the blob adds nothing; further out it takes away
     background_hidden: int = 16
-
-
-PRESETS = {
-    "full": NeRFConfig(),
-    "tiny": NeRFConfig(levels=8, log2_entries=15, coarsest=8, finest=256, hidden=32),
-}
 
 
 def spherical_harmonics(d):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
-from mvd.cameras import rays
+from .cameras import rays
 
 OPAQUE = -math.log(1e-4)    # optical depth at which a ray has 1e-4 of its light left, and ends
 DIAGONAL = 2 * math.sqrt(3)

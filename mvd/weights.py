@@ -12,9 +12,9 @@ from .files import read_safetensors, write_safetensors
 # The names of Stable Diffusion's own ("LDM") files -> ours. A name is rewritten by every rule of its part, in order.
 LDM_UNET = [
     (r"^time_embed\.", "time_mlp."), (r"^camera_embed\.", "camera_mlp."),
-    (r"^input_blocks\.0\.0\.", "encoder.0.conv."), (r"^(input|output)_blocks\.(\d+)\.0\.op\.", r"\1_blocks.\2.down."),
-    (r"^output_blocks\.(\d+)\.\d\.conv\.", r"output_blocks.\1.up."), (r"^(input|output)_blocks\.(\d+)\.0\.", r"\1_blocks.\2.res."),
-    (r"^(input|output)_blocks\.(\d+)\.1\.", r"\1_blocks.\2.attention."), (r"^input_blocks\.", "encoder."), (r"^output_blocks\.", "decoder."),
+    (r"^input_blocks\.", "encoder."), (r"^output_blocks\.", "decoder."), (r"^encoder\.0\.0\.", "encoder.0.conv."),
+    (r"^encoder\.(\d+)\.0\.op\.", r"encoder.\1.down."), (r"^decoder\.(\d+)\.\d\.conv\.", r"decoder.\1.up."),
+    (r"^(encoder|decoder)\.(\d+)\.0\.", r"\1.\2.res."), (r"^(encoder|decoder)\.(\d+)\.1\.", r"\1.\2.attention."),
     (r"^middle_block\.([02])\.", r"middle.\1.res."), (r"^middle_block\.1\.", "middle.1.attention."),
     (r"\.res\.in_layers\.0\.", ".res.norm1."), (r"\.res\.in_layers\.2\.", ".res.conv1."), (r"\.res\.emb_layers\.1\.", ".res.embed."),
     (r"\.res\.out_layers\.0\.", ".res.norm2."), (r"\.res\.out_layers\.3\.", ".res.conv2."), (r"\.skip_connection\.", ".skip."),

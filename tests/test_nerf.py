@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from mvd.nerf import NeRF, NeRFConfig, PRESETS, spherical_harmonics
+from mvd.nerf import NeRF, NeRFConfig, spherical_harmonics
 
 
 def small(**changes):
@@ -120,8 +120,7 @@ def test_background():
     assert torch.allclose(nerf.background(d), 1 / (1 + torch.exp(-h)), atol=1e-6)
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets(name):
+def test_the_published_field_has_the_published_size():
     with torch.device("meta"):
-        nerf = NeRF(PRESETS[name])
-    assert sum(p.numel() for p in nerf.grid.parameters()) < {"full": 13e6, "tiny": 0.5e6}[name]
+        nerf = NeRF(NeRFConfig())
+    assert 12e6 < sum(p.numel() for p in nerf.grid.parameters()) < 13e6
