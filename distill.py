@@ -5,6 +5,8 @@
 A field is rendered from four random sides, the model says how the pictures should change, the field learns. --mode 2d asks the
 same network without cameras, as DreamFusion does: compare the faces. Ctrl-C or a kill: the same command with --resume goes on.
 """
+import json
+import signal
 import time
 from dataclasses import asdict, dataclass, field, replace
 
@@ -142,7 +144,7 @@ def write_results(s, nerf, occupancy, out, size):
         name: torch.as_tensor(value) for name, value in camera.items()}})
     frames, _ = look(s, nerf, occupancy, [360 / 36 * i for i in range(36)], size)
     pictures.save_turntable(out / "turntable.webp", frames.rgb)
-    write_safetensors(out / "field.safetensors", nerf.state_dict())
+    write_safetensors(out / "field.safetensors", nerf.state_dict(), {"config": json.dumps(asdict(nerf.config))})
     try:
         surface = mesh.extract(nerf.density, lambda x: nerf(x)[1], threshold=s.density_threshold, device=occupancy.upper.device)
     except UserError as error:
@@ -191,7 +193,7 @@ def distill(s, model, out, state=None):
                     for size, sets in ((s.coarse_size, s.coarse_sets), (s.fine_size, s.fine_sets)))
     interrupted = run.interrupt_flag()
     show_every = max(1, s.steps // 20)
-    with torch.cuda.stream(side_stream(device)):
+    with side_stream(device):
         bar = tqdm(range(start, s.steps), initial=start, total=s.steps, desc=s.prompt)
         for step in bar:
             progress = step / s.steps
@@ -200,7 +202,7 @@ def distill(s, model, out, state=None):
             light.fill_(progress >= s.shading_from)
             orientation.fill_(ORIENTATION[0] + (ORIENTATION[1] - ORIENTATION[0]) * min(1.0, progress / max(s.shading_from, 1e-9)))
             if step % s.occupancy_every == 0:
-                occupancy.update(nerf.density, s.step_size, everywhere=progress <= s.occupancy_warm_up)
+                occupancy.update(nerf.density, s.step_size, everywhere=progress < s.occupancy_warm_up)
             loss = (coarse if progress < s.fine_from else fine)()
             done = step + 1
             if done % LOG_EVERY == 0 or done == s.steps:
@@ -213,6 +215,7 @@ def distill(s, model, out, state=None):
                 checkpoint(done)
             if interrupted.is_set():
                 break
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     return nerf, occupancy, done if start < s.steps else s.steps
 
 

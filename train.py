@@ -1,6 +1,6 @@
 """Train MVDream from nothing: first the autoencoder, then the UNet with the text tower (MVDream §3.2).
 
-    python -m mvd.toyworld --out data/toy --objects 4000 --images 24000
+    python -m mvd.toyworld --out data/toy --objects 3600 --images 14400
     python train.py --data data/toy --out runs/tiny
 
 A batch is multi-view with probability 0.7, else single images in 2D mode. On a GPU the whole training step is one CUDA graph.
@@ -9,6 +9,7 @@ Ctrl-C or a kill loses at most --save-every steps: the same command with --resum
 import copy
 import math
 import random
+import signal
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from mvd import data, diffusion, run
 from mvd.device import GraphedStep, choose_device, random_state, set_random_state, side_stream
+from mvd.errors import UserError
 from mvd.model import PRESETS, MVDream
 from mvd.pictures import grid, save_curve, save_png
 from mvd.text import IDENTIFIERS, words_of
@@ -26,18 +28,20 @@ class Settings:
     data: str = field(default="data/toy", metadata={"help": "folder of rendered sets and images (python -m mvd.toyworld)"})
     out: str = field(default="runs/tiny", metadata={"help": "folder for the model, pictures, log and checkpoint"})
     preset: str = field(default="tiny", metadata={"help": "sizes of the networks", "choices": tuple(PRESETS)})
-    vae_steps: int = field(default=5000, metadata={"help": "training steps of the autoencoder"})
-    steps: int = field(default=20000, metadata={"help": "training steps of the UNet and the text tower"})
-    batch: int = field(default=64, metadata={"help": "multi-view sets in a batch; an image batch has four times as many pictures"})
-    vae_lr: float = field(default=1e-3, metadata={"help": "peak learning rate of the autoencoder"})
-    vae_batch: int = field(default=32, metadata={"help": "pictures in a batch of the autoencoder"})
-    lr: float = field(default=6e-4, metadata={"help": "peak learning rate, reached after a warm-up and then let down along a cosine"})
-    copies: int = field(default=3, metadata={"help": "how often every object is encoded, each time on another grey"})
-    ema: float = field(default=0.999, metadata={"help": "decay of the averaged weights, which are the result"})
-    sample_every: int = field(default=2500, metadata={"help": "steps between sample grids"})
-    save_every: int = field(default=2500, metadata={"help": "steps between checkpoints"})
+    vae_steps: int = field(default=5000, metadata={"help": "training steps of the autoencoder", "min": 0})
+    steps: int = field(default=20000, metadata={"help": "training steps of the UNet and the text tower", "min": 1})
+    batch: int = field(default=64, metadata={"help": "multi-view sets in a batch; an image batch has four times as many pictures",
+                                                "min": 1})
+    vae_lr: float = field(default=1e-3, metadata={"help": "peak learning rate of the autoencoder", "min": 0})
+    vae_batch: int = field(default=32, metadata={"help": "pictures in a batch of the autoencoder", "min": 4})
+    lr: float = field(default=6e-4, metadata={"help": "peak learning rate, reached after a warm-up and then let down along a cosine",
+                                                "min": 0})
+    copies: int = field(default=3, metadata={"help": "how often every object is encoded, each time on another grey", "min": 1})
+    ema: float = field(default=0.999, metadata={"help": "decay of the averaged weights, which are the result", "min": 0, "max": 1})
+    sample_every: int = field(default=2500, metadata={"help": "steps between sample grids", "min": 1})
+    save_every: int = field(default=2500, metadata={"help": "steps between checkpoints", "min": 1})
     device: str = field(default="auto", metadata={"help": "cuda, mps or cpu; auto takes the best"})
-    seed: int = field(default=0, metadata={"help": "of everything random"})
+    seed: int = field(default=0, metadata={"help": "of everything random", "min": 0, "max": 2 ** 63 - 2})
     resume: bool = field(default=False, metadata={"help": "go on from the checkpoint in --out"})
 
 
@@ -89,8 +93,11 @@ def fit(phase, model, module, losses, shares, first, steps, peak_lr, s, out, sta
     if state:
         start = state["step"]
         module.load_state_dict(state["module"])
-        optimizer.load_state_dict(state["optimizer"])
+        groups = optimizer.state_dict()["param_groups"]                          # of this device, which may be another
+        optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
         optimizer.param_groups[0]["lr"] = lr
+        for p, kept in optimizer.state.items():                                  # in the layout of the weights, as fused AdamW wants
+            kept.update({name: torch.empty_like(p).copy_(kept[name]) for name in ("exp_avg", "exp_avg_sq")})
         torch._foreach_copy_(average, [a.to(device) for a in state["average"]])
         set_random_state(state["random"])
         choice.choices(range(len(losses)), shares, k=start)                      # skip the draws of the steps that are done
@@ -120,7 +127,7 @@ def fit(phase, model, module, losses, shares, first, steps, peak_lr, s, out, sta
     steppers = [GraphedStep(lambda f=f: train_step(f), device) for f in losses.values()]
     sums, counts = torch.zeros(len(losses), device=device), [0] * len(losses)
     interrupted = run.interrupt_flag()
-    with torch.cuda.stream(side_stream(device)):
+    with side_stream(device):
         bar = tqdm(range(start, steps), initial=start, total=steps, desc=phase)
         for step in bar:
             lr.fill_(learning_rate(step, steps, peak_lr))
@@ -144,8 +151,10 @@ def fit(phase, model, module, losses, shares, first, steps, peak_lr, s, out, sta
             if done % s.save_every == 0 or interrupted.is_set():
                 checkpoint(done)
             if interrupted.is_set():
+                print(f"interrupted in phase {phase} after {done} of {steps} steps; go on with the same command and --resume")
                 raise KeyboardInterrupt
-    swap_average()
+        swap_average()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def main(argv=None):
@@ -166,6 +175,8 @@ def main(argv=None):
     state = {"phase": None, "step": 0}
     if s.resume and (out / "checkpoint.safetensors").exists():                   # killed before the first: from the start
         state, _ = run.load_checkpoint(out / "checkpoint.safetensors")
+        if state.get("phase") not in ("vae", "unet"):
+            raise UserError(f"{out / 'checkpoint.safetensors'} is not of a training; start anew without --resume, with another --out")
         model.vae.load_state_dict(state["vae"])
     run.truncate_log(out / "log.jsonl", state["step"] + (s.vae_steps if state["phase"] == "unet" else 0) + 1)
     sets, images = d.sets.to(device), d.images.to(device)                        # uint8 [N, 32, 4, H, W], [M, 4, H, W]
@@ -203,6 +214,7 @@ def main(argv=None):
     no_tokens = model.text.tokenize([""]).to(device)
     set_cameras = d.set_cameras.to(device)
     del sets, images                                                             # only latents are needed from here on
+    d.sets = d.images = None
 
     def multiview():
         return diffusion_loss(model, *data.draw_sets(set_moments, set_cameras, set_tokens, s.batch), no_tokens)

@@ -37,7 +37,12 @@ def load(folder):
     items = [json.loads(line) for line in index.read_text().splitlines()]
 
     def read(item):
-        picture = torch.from_numpy(np.array(Image.open(Path(folder) / item["file"]).convert("RGBA")))         # [H, views·H, 4]
+        try:
+            picture = torch.from_numpy(np.array(Image.open(Path(folder) / item["file"]).convert("RGBA")))     # [H, views·H, 4]
+        except OSError as error:
+            raise UserError(f"cannot read {Path(folder) / item['file']}: {error}; make the data again") from error
+        if picture.shape[1] % picture.shape[0]:
+            raise UserError(f"{Path(folder) / item['file']} is not a row of square views")
         return picture.unflatten(1, (-1, picture.shape[0])).permute(1, 3, 0, 2)                              # [views, 4, H, H]
 
     with ThreadPoolExecutor() as pool:
@@ -47,6 +52,8 @@ def load(folder):
         if not indices or len({pictures[i].shape for i in indices}) != 1:
             raise UserError(f"{folder}: training needs files of kind {kind!r}, all of one size")
     views = pictures[of_kind["set"][0]].shape[0]
+    if views % 4:
+        raise UserError(f"{folder}: a set has {views} views, but four of them, 90 degrees apart, are to be a batch's")
     sets = [items[i] for i in of_kind["set"]]
     azimuth = torch.tensor([item["azimuth"] for item in sets])[:, None] + torch.arange(views) * 360 / views  # [N, views]
     orbit = cameras.orbit(torch.tensor([float(item["elevation"]) for item in sets])[:, None], azimuth)

@@ -1,4 +1,5 @@
 """Where the work runs: the device, its number format, its random numbers, and steps captured as CUDA graphs."""
+import contextlib
 import ctypes
 import sys
 
@@ -10,11 +11,13 @@ from .errors import UserError
 def choose_device(name):
     """"auto" -> the best there is; else "cpu", "cuda", "cuda:1", "mps". Raises UserError if it is not there."""
     there = [*(f"cuda:{i}" for i in range(torch.cuda.device_count())), *["mps"] * torch.backends.mps.is_available(), "cpu"]
-    if name == "auto":
-        return torch.device(there[0])
+    name = there[0] if name == "auto" else name
     if f"{name}:0" not in there and name not in there:
         raise UserError(f"there is no device {name!r} here; there is: {', '.join(there)}")
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)                                            # its generator is the one that is saved
+    return device
 
 
 def choose_dtype(name, device):
@@ -39,7 +42,7 @@ class GraphedStep:
 
     On CUDA the first three calls run as they are, as the allocator and the optimizer's state need; then the step is captured as a
     CUDA graph, and every later call replays it. It must keep its shapes and never wait for the device. Elsewhere: just the step.
-    Call it within `torch.cuda.stream(side_stream())`, since the default stream cannot be captured.
+    Call it within `side_stream`, since the default stream cannot be captured.
     """
 
     def __init__(self, step, device):
@@ -57,9 +60,17 @@ class GraphedStep:
         return self.loss
 
 
+@contextlib.contextmanager
 def side_stream(device):
-    """A stream to train on, or None without CUDA."""
-    return torch.cuda.Stream(device) if device.type == "cuda" else None
+    """On CUDA, work within this context runs on a stream of its own: after all that came before, and before all that follows."""
+    if device.type != "cuda":
+        yield
+        return
+    stream, default = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(default)
+    with torch.cuda.stream(stream):
+        yield
+    default.wait_stream(stream)
 
 
 def keep_memory():

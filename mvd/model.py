@@ -42,7 +42,8 @@ PRESETS = {
         vae=VAEConfig(channels=32, channel_mult=(1, 2, 2, 4), num_res_blocks=1, z_channels=8, scale_factor=1.0, groups=8),
         text=TextConfig(width=192, heads=6, layers=2, unused_layers=0, output_dim=None, context_length=24),
         size=128, guidance=4.0,
-        distill=dict(steps=400, save_every=25, negative="", suffix=", 3d asset", guidance=10.0,
+        distill=dict(steps=400, save_every=25, guidance=10.0, negative="",
+                     suffix=", 3d asset",                                       # all captions of its 3D training had it
                      coarse_size=32, coarse_sets=1, fine_size=64, fine_sets=1, budget=49152, step_size=0.027,
                      random_background=1.0, grey_background=True,                # what it was trained on
                      levels=8, log2_entries=15, coarsest=8, finest=256, lr_grid=0.05, lr=0.01, occupancy_every=8)),
@@ -83,14 +84,20 @@ class MVDream(nn.Module):
         if not path.is_file():
             raise UserError(f"there is no model {str(name)!r}: give \"tiny\" or the path of a .safetensors file of mvd")
         parts, header = weights.read_model(path)
+        try:
+            config = ModelConfig.from_dict(header)
+        except (TypeError, KeyError) as error:
+            raise UserError(f"{path}: its header is of another version of mvd ({error})") from error
         with torch.device("meta"):
-            model = MVDream(ModelConfig.from_dict(header))
+            model = MVDream(config)
         for part, tensors in parts.items():
             module = getattr(model, part)
             for key, wanted in module.state_dict().items():
                 if key not in tensors or tensors[key].shape != wanted.shape:
                     found = f"has shape {list(tensors[key].shape)}" if key in tensors else "is missing"
                     raise UserError(f"{path}: the tensor {part}.{key} {found}, wanted {list(wanted.shape)}")
+            if extra := sorted(tensors.keys() - module.state_dict().keys()):
+                raise UserError(f"{path}: the tensor {part}.{extra[0]} belongs to no part of the model")
             module.load_state_dict(tensors, assign=True)
         return model.to(device, dtype).requires_grad_(False).eval()
 

@@ -49,6 +49,6 @@ def test_a_captured_step_trains_as_the_step_itself():
             optimizer.step()
             return loss.detach()
         stepper = device.GraphedStep(step, cuda) if graphed else step
-        with torch.cuda.stream(device.side_stream(cuda)):
+        with device.side_stream(cuda):
             return [stepper().item() for _ in range(10)]
     assert train(True) == pytest.approx(train(False), rel=1e-5)

@@ -480,7 +480,7 @@ def test_a_step_on_cuda_never_waits(model_file, settings):
     """Eager and as a CUDA graph: neither asks the host for anything, and both train."""
     step, nerf, *_ = parts(model_file, "cuda", **settings)
     stepper = GraphedStep(step, torch.device("cuda"))
-    with torch.cuda.stream(side_stream(torch.device("cuda"))):
+    with side_stream(torch.device("cuda")):
         for calls in (2, 4):                                                     # eager, then captured
             for _ in range(calls):
                 stepper()
