@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from mvd import cameras, mesh, pictures, render, run, sds
+from mvd import cameras, cli, mesh, pictures, render, run, sds
 from mvd.device import GraphedStep, choose_device, choose_dtype, random_state, set_random_state, side_stream
 from mvd.errors import UserError
 from mvd.files import write_safetensors
@@ -191,7 +191,7 @@ def distill(s, model, out, state=None):
     scheduled = (low, high, light, orientation)
     coarse, fine = (GraphedStep(make_step(s, model, nerf, occupancy, optimizer, context, *scheduled, size, sets), device)
                     for size, sets in ((s.coarse_size, s.coarse_sets), (s.fine_size, s.fine_sets)))
-    interrupted = run.interrupt_flag()
+    interrupted = cli.interrupt_flag()
     show_every = max(1, s.steps // 20)
     with side_stream(device):
         bar = tqdm(range(start, s.steps), initial=start, total=s.steps, desc=s.prompt)
@@ -221,12 +221,12 @@ def distill(s, model, out, state=None):
 
 def main():
     begin = time.time()
-    s = run.parse(Settings, description=__doc__)
+    s = cli.parse(Settings, description=__doc__)
     if not s.prompt.strip():
         raise UserError('the prompt is empty: say what to make, for example "a bulldog wearing a crown"')
     device = choose_device(s.device)
     model = MVDream.load(s.model, device, choose_dtype(s.dtype, device))
-    s = run.parse(Settings, description=__doc__, defaults=model.config.distill)  # a flag counts more than the model's header
+    s = cli.parse(Settings, description=__doc__, defaults=model.config.distill)  # a flag counts more than the model's header
     known = replace(s, prompt=model.text.known_part(s.prompt), negative=model.text.known_part(s.negative))  # all unknown: the end
     out = run.open_run(s.out, asdict(s), s.resume, f"runs/{run.slug(s.prompt)}{'-2d' if s.mode == '2d' else ''}", ("save_every",))
     state = None
@@ -245,4 +245,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run.main(main)
+    cli.main(main)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from tqdm import tqdm
 
-from mvd import run
+from mvd import cli, run
 from mvd.device import choose_device, choose_dtype
 from mvd.errors import UserError
 from mvd.model import MVDream
@@ -38,7 +38,7 @@ class Settings:
 
 
 def main():
-    s = run.parse(Settings, description=__doc__)
+    s = cli.parse(Settings, description=__doc__)
     if not s.prompt.strip():
         raise UserError('the prompt is empty: say what to draw, for example "a bulldog wearing a crown"')
     device = choose_device(s.device)
@@ -54,4 +54,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run.main(main)
+    cli.main(main)

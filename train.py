@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from tqdm import tqdm
 
-from mvd import data, diffusion, run
+from mvd import cli, data, diffusion, run
 from mvd.device import GraphedStep, choose_device, random_state, set_random_state, side_stream
 from mvd.errors import UserError
 from mvd.model import PRESETS, MVDream
@@ -126,7 +126,7 @@ def fit(phase, model, module, losses, shares, first, steps, peak_lr, s, out, sta
 
     steppers = [GraphedStep(lambda f=f: train_step(f), device) for f in losses.values()]
     sums, counts = torch.zeros(len(losses), device=device), [0] * len(losses)
-    interrupted = run.interrupt_flag()
+    interrupted = cli.interrupt_flag()
     with side_stream(device):
         bar = tqdm(range(start, steps), initial=start, total=steps, desc=phase)
         for step in bar:
@@ -158,7 +158,7 @@ def fit(phase, model, module, losses, shares, first, steps, peak_lr, s, out, sta
 
 
 def main(argv=None):
-    s = run.parse(Settings, argv, __doc__)
+    s = cli.parse(Settings, argv, __doc__)
     device = choose_device(s.device)
     d = data.load(s.data)
     out = run.open_run(s.out, asdict(s), s.resume, may_change=("sample_every", "save_every"))
@@ -241,4 +241,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run.main(main)
+    cli.main(main)

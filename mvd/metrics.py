@@ -14,12 +14,10 @@ ceiling, what real renders score (other proportions, field of view and framing).
     python -m mvd.metrics --samples 8              # 8 captions of each split, sampled by the tiny model and judged
     python -m mvd.metrics runs/*                   # distilled objects
 """
-import argparse
 import itertools
 import json
 import math
 import random
-import sys
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -27,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from . import sdf, toyworld
+from . import cli, sdf, toyworld
 from .cameras import orbit
 from .device import choose_device, choose_dtype
 from .errors import UserError
@@ -335,7 +333,7 @@ def judge_runs(flags, device):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m mvd.metrics", description=__doc__.split("\n")[0])
+    parser = cli.Parser(prog="python -m mvd.metrics", description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="*", help="folders that distill.py wrote")
     parser.add_argument("--samples", type=int, help="sample and judge so many captions of each split")
     parser.add_argument("--variety", type=int, default=0, help="with --samples: measure the variety of so many captions a split")
@@ -358,8 +356,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print("error:", error, file=sys.stderr)
-        sys.exit(2)
+    cli.main(main)

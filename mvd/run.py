@@ -1,122 +1,20 @@
-"""What the four scripts share: flags from a dataclass, errors in one line, and the folder a run writes.
+"""The folder that a run writes, its log, and its checkpoint.
 
     runs/<slug>/  config.json  log.jsonl  progress/*.png  the results  checkpoint.safetensors
 
 Whatever is written is written whole (`files.py`), so a run that was killed at any moment can be resumed.
 """
-import argparse
-import dataclasses
-import errno
 import itertools
 import json
-import math
 import re
-import signal
-import sys
-import threading
-import typing
 import unicodedata
-import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from .device import keep_memory
 from .errors import UserError
 from .files import read_safetensors, write_atomic, write_safetensors
-
-# ---------------------------------------------------------------------------------------------------- command line
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        hint = "put a text of several words in quotes, or see --help" if "unrecognized" in message else "see --help"
-        self.exit(2, f"error: {' '.join(message.split())}; {hint}\n")
-
-
-def parse(cls, argv=None, description=None, defaults=None):
-    """An instance of the dataclass `cls`, filled from the command line: `learning_rate: float` becomes --learning-rate.
-
-    Types: str, int, float, bool (--flag, --no-flag), or Optional of one. field(metadata=...): "help": one line;
-    "positional": True; "choices": [...]; "min", "max": bounds, included. defaults: {field: value} instead of the
-    dataclass's own. A mistake ends in one line on stderr and exit status 2.
-    """
-    defaults = {**{f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING},
-                **(defaults or {})}
-    parser = _Parser(description=description, allow_abbrev=False)
-    types = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        kind = next(t for t in typing.get_args(types[field.name]) or [types[field.name]] if t is not type(None))
-        flag = "--" + field.name.replace("_", "-")
-        required, default = field.name not in defaults, defaults.get(field.name)
-        text = field.metadata["help"]
-        if default is not None and default != "":
-            text += f" (default: {('off', 'on')[default] if kind is bool else default})"
-        text = text.replace("%", "%%")
-        if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, required=required,
-                                default=argparse.SUPPRESS, help=text)
-            continue
-        choices = field.metadata.get("choices")
-        options = dict(type=_value(kind, field.metadata), choices=choices, help=text)
-        if not choices:
-            options["metavar"] = {int: "N", float: "X", str: "TEXT"}[kind]
-        if field.metadata.get("positional"):
-            options["metavar"] = field.name.replace("_", "-")
-            if not required:
-                options.update(nargs="?", default=default)
-            parser.add_argument(field.name, **options)
-        else:
-            parser.add_argument(flag, required=required, default=argparse.SUPPRESS, **options)
-    return cls(**{**defaults, **vars(parser.parse_args(argv))})
-
-
-def _value(kind, metadata):
-    """str -> a finite `kind` within the bounds; argparse turns what it raises into a line that names the flag."""
-    low, high = metadata.get("min", -math.inf), metadata.get("max", math.inf)
-
-    def convert(text):
-        value = kind(text)
-        if kind is not str and not (low <= value <= high and math.isfinite(value)):
-            bounds = [f"at least {low}"] * (low > -math.inf) + [f"at most {high}"] * (high < math.inf)
-            raise argparse.ArgumentTypeError(f"must be {' and '.join(bounds) or 'finite'}, not {text}")
-        return value
-    convert.__name__ = {int: "whole number", float: "number", str: "text"}[kind]
-    return convert
-
-
-def main(function):
-    """Calls function(); what the user can mend ends in one line on stderr and exit status 2, a bug in its traceback.
-    A warning is one line, too, without the place in our source."""
-    def fail(line):
-        print("error:", " ".join(line.split()), file=sys.stderr)
-        sys.exit(2)
-    warnings.showwarning = lambda message, *_, **__: print("warning:", " ".join(str(message).split()), file=sys.stderr)
-    keep_memory()
-    try:
-        function()
-    except UserError as error:
-        fail(str(error))
-    except torch.cuda.OutOfMemoryError:
-        fail("the GPU has no memory left; close other programs that use it, or use --device cpu or smaller settings")
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        fail("no space left on the disk; free some, then run again (with --resume if there is a checkpoint)")
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def interrupt_flag():
-    """An event that Ctrl-C sets, so that a loop can end between two steps; a second Ctrl-C is the usual one."""
-    event = threading.Event()
-
-    def on_interrupt(*_):
-        event.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGINT, on_interrupt)
-    return event
 
 # ---------------------------------------------------------------------------------------------------- the run's folder
 

@@ -12,12 +12,10 @@ so that one can measure whether a model puts things together that it has only se
 writes sets/*.png (32 views round an object side by side), images/*.png (single pictures) and index.jsonl.
 Cameras and the 32-view rule: MVDream §3.3 (see cameras.py for the axes).
 """
-import argparse
 import json
 import math
 import multiprocessing
 import os
-import sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -28,6 +26,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from . import cli
 from .accessories import ACCESSORIES
 from .animals import PAINTS
 from .cameras import orbit
@@ -268,7 +267,7 @@ def write(out, objects, images, size=128, seed=0, device="cpu"):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m mvd.toyworld", description="Render a data set of the toy world.")
+    parser = cli.Parser(prog="python -m mvd.toyworld", description="Render a data set of the toy world.")
     parser.add_argument("--out", required=True, help="folder to write to; what is there already is kept")
     parser.add_argument("--objects", type=int, default=500, help="things seen from 32 sides")
     parser.add_argument("--images", type=int, help="single pictures (default: five times as many as objects)")
@@ -281,8 +280,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print("error:", error, file=sys.stderr)
-        sys.exit(2)
+    cli.main(main)

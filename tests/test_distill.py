@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import distill
-from mvd import MVDream, mesh, render, run, sds
+from mvd import MVDream, cli, mesh, render, run, sds
 from mvd.device import GraphedStep, side_stream
 from mvd.files import read_safetensors, write_safetensors
 from mvd.nerf import NeRF, NeRFConfig
@@ -52,14 +52,14 @@ def start(model_file, tmp_path, monkeypatch):
     """start(out, *flags) is the command in this process; returns its exit status. Paths are below tmp_path."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(distill, "LOG_EVERY", 1)
-    monkeypatch.setattr(run, "keep_memory", lambda: None)
+    monkeypatch.setattr(cli, "keep_memory", lambda: None)
     monkeypatch.setattr(mesh, "extract", functools.partial(mesh.extract, resolution=24))
     handler = signal.getsignal(signal.SIGINT)
 
     def start(out, *flags, prompt="a red bulldog", model=model_file):
         monkeypatch.setattr(sys, "argv", ["distill.py", prompt, "--model", str(model), "--device", "cpu", "--out", str(out), *flags])
         try:
-            run.main(distill.main)
+            cli.main(distill.main)
         except SystemExit as end:
             return end.code
         return 0
@@ -244,7 +244,7 @@ def test_an_interrupt_saves_and_says_how_to_resume(start, whole, monkeypatch, st
             event.set()
     with monkeypatch.context() as patch:
         patch.setattr(run, "log", log_then_interrupt)
-        patch.setattr(run, "interrupt_flag", lambda: event)
+        patch.setattr(cli, "interrupt_flag", lambda: event)
         capsys.readouterr()
         assert start("halted") == (130 if step < 6 else 0)                       # at the last step nothing is lost
     printed = capsys.readouterr().out

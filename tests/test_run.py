@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from mvd import files, run
+from mvd import cli, files, run
 from mvd.errors import UserError
 
 REPOSITORY = Path(__file__).parent.parent
@@ -42,15 +42,15 @@ class Optionally:
 
 
 def test_parse():
-    assert run.parse(Settings, ["a dog"]) == Settings("a dog")
-    given = run.parse(Settings, ["--steps", "7", "a dog", "--learning-rate=-0", "--no-shading", "--mode", "2d",
+    assert cli.parse(Settings, ["a dog"]) == Settings("a dog")
+    given = cli.parse(Settings, ["--steps", "7", "a dog", "--learning-rate=-0", "--no-shading", "--mode", "2d",
                                  "--out", "x", "--guidance", "-2.5"])
     assert given == Settings("a dog", 7, 0.0, "2d", False, "x", -2.5)
-    assert run.parse(Optionally, []) == Optionally("tiny", False)
-    assert run.parse(Optionally, ["big", "--resume"]) == Optionally("big", True)
+    assert cli.parse(Optionally, []) == Optionally("tiny", False)
+    assert cli.parse(Optionally, ["big", "--resume"]) == Optionally("big", True)
     other = {"steps": 20000, "shading": False, "mode": "2d"}
-    assert run.parse(Settings, ["a", "--mode", "3d"], defaults=other) == Settings("a", 20000, mode="3d", shading=False)
-    assert run.parse(Optionally, [], defaults={"model": "big"}) == Optionally("big")
+    assert cli.parse(Settings, ["a", "--mode", "3d"], defaults=other) == Settings("a", 20000, mode="3d", shading=False)
+    assert cli.parse(Optionally, [], defaults={"model": "big"}) == Optionally("big")
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -68,7 +68,7 @@ def test_parse():
 ])
 def test_parse_mistakes_are_one_line(arguments, words, capsys):
     with pytest.raises(SystemExit) as end:
-        run.parse(Settings, arguments)
+        cli.parse(Settings, arguments)
     out, err = capsys.readouterr()
     assert end.value.code == 2 and out == ""
     assert err.startswith("error: ") and err.count("\n") == 1 and words in err
@@ -76,7 +76,7 @@ def test_parse_mistakes_are_one_line(arguments, words, capsys):
 
 def test_help_lists_each_flag_with_its_default(capsys):
     with pytest.raises(SystemExit) as end:
-        run.parse(Settings, ["--help"], description="Makes a thing.")
+        cli.parse(Settings, ["--help"], description="Makes a thing.")
     text = " ".join(capsys.readouterr().out.split())
     assert end.value.code == 0 and "Makes a thing." in text
     for part in ("100% yours", "--learning-rate X", "of the grid (default: 0.01)", "(default: 500)", "--no-shading",
@@ -95,7 +95,7 @@ def test_main_turns_what_users_can_mend_into_one_line(error, status, words, caps
     def script():
         raise error
     with pytest.raises(SystemExit) as end:
-        run.main(script)
+        cli.main(script)
     err = capsys.readouterr().err
     assert end.value.code == status and err.startswith(words) and err.count("\n") == bool(words)
 
@@ -105,14 +105,14 @@ def test_main_lets_bugs_through(error):
     def script():
         raise error
     with pytest.raises(type(error)):
-        run.main(script)
+        cli.main(script)
 
 
 
 def test_first_interrupt_sets_the_flag_and_second_interrupts():
     before = signal.getsignal(signal.SIGINT)
     try:
-        flag = run.interrupt_flag()
+        flag = cli.interrupt_flag()
         assert not flag.is_set()
         signal.raise_signal(signal.SIGINT)
         assert flag.is_set()
@@ -264,7 +264,7 @@ def test_full_disk(tmp_path, monkeypatch, capsys):
         raise OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(SystemExit) as end:
-        run.main(lambda: run.save_checkpoint(tmp_path / "checkpoint.safetensors", {"a": torch.zeros(3)}, {"step": 2}))
+        cli.main(lambda: run.save_checkpoint(tmp_path / "checkpoint.safetensors", {"a": torch.zeros(3)}, {"step": 2}))
     assert end.value.code == 2 and "no space left" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.safetensors"]
     assert run.load_checkpoint(tmp_path / "checkpoint.safetensors")[1] == {"step": 1}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import sample
-from mvd import MVDream, run
+from mvd import MVDream, cli, run
 from mvd.files import write_safetensors
 from mvd.pictures import grid, load_png
 from test_model import small_config
@@ -35,7 +35,7 @@ def start(model_file, tmp_path, monkeypatch):
     def start(*flags, prompt="a red bulldog"):
         monkeypatch.setattr(sys, "argv", ["sample.py", prompt, "--model", str(model_file), "--device", "cpu", "--steps", "2", *flags])
         try:
-            run.main(sample.main)
+            cli.main(sample.main)
         except SystemExit as end:
             return end.code
         return 0
