@@ -6,7 +6,6 @@ A field is rendered from four random sides, the model says how the pictures shou
 same network without cameras, as DreamFusion does: compare the faces. Ctrl-C or a kill: the same command with --resume goes on.
 """
 import json
-import signal
 import time
 from dataclasses import asdict, dataclass, field, replace
 
@@ -191,9 +190,8 @@ def distill(s, model, out, state=None):
     scheduled = (low, high, light, orientation)
     coarse, fine = (GraphedStep(make_step(s, model, nerf, occupancy, optimizer, context, *scheduled, size, sets), device)
                     for size, sets in ((s.coarse_size, s.coarse_sets), (s.fine_size, s.fine_sets)))
-    interrupted = cli.interrupt_flag()
     show_every = max(1, s.steps // 20)
-    with side_stream(device):
+    with cli.interrupt_flag() as interrupted, side_stream(device):
         bar = tqdm(range(start, s.steps), initial=start, total=s.steps, desc=s.prompt)
         for step in bar:
             progress = step / s.steps
@@ -215,7 +213,6 @@ def distill(s, model, out, state=None):
                 checkpoint(done)
             if interrupted.is_set():
                 break
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     return nerf, occupancy, done if start < s.steps else s.steps
 
 

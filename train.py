@@ -9,7 +9,6 @@ Ctrl-C or a kill loses at most --save-every steps: the same command with --resum
 import copy
 import math
 import random
-import signal
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -126,8 +125,7 @@ def fit(phase, model, module, losses, shares, first, steps, peak_lr, s, out, sta
 
     steppers = [GraphedStep(lambda f=f: train_step(f), device) for f in losses.values()]
     sums, counts = torch.zeros(len(losses), device=device), [0] * len(losses)
-    interrupted = cli.interrupt_flag()
-    with side_stream(device):
+    with cli.interrupt_flag() as interrupted, side_stream(device):
         bar = tqdm(range(start, steps), initial=start, total=steps, desc=phase)
         for step in bar:
             lr.fill_(learning_rate(step, steps, peak_lr))
@@ -154,7 +152,6 @@ def fit(phase, model, module, losses, shares, first, steps, peak_lr, s, out, sta
                 print(f"interrupted in phase {phase} after {done} of {steps} steps; go on with the same command and --resume")
                 raise KeyboardInterrupt
         swap_average()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def main(argv=None):

@@ -1,5 +1,6 @@
 """The command line: flags from a dataclass, mistakes of the user in one line with exit status 2, Ctrl-C between two steps."""
 import argparse
+import contextlib
 import dataclasses
 import errno
 import math
@@ -96,12 +97,17 @@ def main(function):
         sys.exit(130)
 
 
+@contextlib.contextmanager
 def interrupt_flag():
-    """An event that Ctrl-C sets, so that a loop can end between two steps; a second Ctrl-C is the usual one."""
-    event = threading.Event()
+    """Within this context Ctrl-C sets the event that it gives, so that a loop can end between two steps; a second Ctrl-C is the
+    usual one. Afterwards Ctrl-C does what it did before."""
+    event, before = threading.Event(), signal.getsignal(signal.SIGINT)
 
     def on_interrupt(*_):
         event.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGINT, on_interrupt)
-    return event
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -19,13 +19,17 @@ def small_config():
     return config
 
 
-@pytest.fixture(scope="module")
-def model():
+def random_model(config):
     torch.manual_seed(0)
-    model = MVDream(small_config())
+    model = MVDream(config)
     for p in model.unet.parameters():                                            # no zero-initialised layer stays silent
         torch.nn.init.normal_(p, std=0.05)
     return model.requires_grad_(False).eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(small_config())
 
 
 def test_save_and_load_give_the_same_model(model, tmp_path):

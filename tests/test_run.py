@@ -111,15 +111,13 @@ def test_main_lets_bugs_through(error):
 
 def test_first_interrupt_sets_the_flag_and_second_interrupts():
     before = signal.getsignal(signal.SIGINT)
-    try:
-        flag = cli.interrupt_flag()
+    with cli.interrupt_flag() as flag:
         assert not flag.is_set()
         signal.raise_signal(signal.SIGINT)
         assert flag.is_set()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    assert signal.getsignal(signal.SIGINT) is before
 
 # ---------------------------------------------------------------------------------------------------- the run's folder
 

@@ -11,17 +11,14 @@ import sample
 from mvd import MVDream, cli, run
 from mvd.files import write_safetensors
 from mvd.pictures import grid, load_png
-from test_model import small_config
+from test_model import random_model, small_config
 
 SCRIPT = Path(sample.__file__)
 
 
 @pytest.fixture(scope="module")
 def model_file(tmp_path_factory):
-    torch.manual_seed(0)
-    model = MVDream(small_config())
-    for p in model.unet.parameters():                                            # no zero-initialised layer stays silent
-        torch.nn.init.normal_(p, std=0.05)
+    model = random_model(small_config())
     path = tmp_path_factory.mktemp("model") / "small.safetensors"
     model.save(path)
     return path
