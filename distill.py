@@ -107,7 +107,7 @@ def make_step(s, model, nerf, occupancy, optimizer, context, low, high, light, o
         seen = render.render(nerf, occupancy, origins, directions, background, s.budget, s.step_size, shading=shading)
         images = seen.rgb.view(sets * VIEWS, size, size, 3).movedim(-1, 1)       # [sets·V, 3, H, W]
         images = F.interpolate(images, (model.config.size,) * 2, mode="bilinear", antialias=size > model.config.size)
-        images = (2 * images - 1).to(model.unet.conv_out.weight.dtype).unflatten(0, (sets, VIEWS))
+        images = (2 * images - 1).unflatten(0, (sets, VIEWS))
         latents = model.encode(images, sample=True)                              # [sets, V, c, h, w]
         t = sds.draw_time(low, high, sets, device)
         camera = cameras.camera_numbers(c2w) if s.mode == "3d" else None

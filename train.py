@@ -78,50 +78,52 @@ def diffusion_loss(model, z, tokens, camera, no_tokens):
 def fit(phase, model, module, losses, shares, first, steps, peak_lr, s, out, state, show):
     """AdamW on `module` with an average of its weights, which it holds at the end.
 
+    On a GPU the module works in bfloat16, on rounded copies of the float32 weights that the optimizer holds.
     losses: {name: function that draws a batch and returns its loss}; each step takes one of them with probability `shares`.
     first: the steps of earlier phases, for the log. state: a checkpoint of this phase to go on from, or None. show(step) draws
     pictures, with the averaged weights in place.
     """
     device = model.device
     cuda = device.type == "cuda"
-    parameters = list(module.parameters())
-    average = [p.detach().clone() for p in parameters]
+    weights = [p.detach().clone() for p in module.parameters()]
+    average = [w.clone() for w in weights]
+    parameters = list(module.to(torch.bfloat16 if cuda else torch.float32).parameters())
     lr, renewal = torch.tensor(peak_lr, device=device), torch.tensor(0.0, device=device)   # of this step; a graph reads them
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=cuda, capturable=cuda)
+    optimizer = torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=cuda, capturable=cuda)
+    @torch.no_grad()
+    def work_with(tensors):
+        torch._foreach_copy_(parameters, tensors)
+
     start, choice = 0, random.Random(s.seed)
     if state:
         start = state["step"]
-        module.load_state_dict(state["module"])
         groups = optimizer.state_dict()["param_groups"]                          # of this device, which may be another
         optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
         optimizer.param_groups[0]["lr"] = lr
-        for p, kept in optimizer.state.items():                                  # in the layout of the weights, as fused AdamW wants
-            kept.update({name: torch.empty_like(p).copy_(kept[name]) for name in ("exp_avg", "exp_avg_sq")})
-        torch._foreach_copy_(average, [a.to(device) for a in state["average"]])
+        for w, kept in optimizer.state.items():                                  # in the layout of the weights, as fused AdamW wants
+            kept.update({name: torch.empty_like(w).copy_(kept[name]) for name in ("exp_avg", "exp_avg_sq")})
+        for tensors, name in ((weights, "weights"), (average, "average")):
+            torch._foreach_copy_(tensors, [saved.to(device) for saved in state[name]])
+        work_with(weights)
         set_random_state(state["random"])
         choice.choices(range(len(losses)), shares, k=start)                      # skip the draws of the steps that are done
 
     def train_step(loss_fn):
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
-            loss = loss_fn()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        loss = loss_fn()
+        for w, gradient in zip(weights, torch.autograd.grad(loss, parameters, allow_unused=True)):
+            w.grad = None if gradient is None else gradient.float()              # a 2D batch leaves the camera's weights alone
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
-        step_to_average = torch._foreach_sub([p.detach() for p in parameters], average)
+        work_with(weights)
+        step_to_average = torch._foreach_sub(weights, average)
         torch._foreach_mul_(step_to_average, renewal)
         torch._foreach_add_(average, step_to_average)
         return loss.detach()
 
     def checkpoint(step):
         run.save_checkpoint(out / "checkpoint.safetensors", {
-            "phase": phase, "step": step, "module": module.state_dict(), "optimizer": optimizer.state_dict(), "average": average,
+            "phase": phase, "step": step, "weights": weights, "optimizer": optimizer.state_dict(), "average": average,
             "vae": model.vae.state_dict(), "random": random_state()}, {})
-
-    def swap_average():
-        kept = [p.detach().clone() for p in parameters]
-        torch._foreach_copy_([p.detach() for p in parameters], average)
-        torch._foreach_copy_(average, kept)
 
     steppers = [GraphedStep(lambda f=f: train_step(f), device) for f in losses.values()]
     sums, counts = torch.zeros(len(losses), device=device), [0] * len(losses)
@@ -142,16 +144,17 @@ def fit(phase, model, module, losses, shares, first, steps, peak_lr, s, out, sta
                 counts = [0] * len(losses)
             if done % s.sample_every == 0 or done == steps:
                 kept = random_state()
-                swap_average()
+                work_with(average)
                 show(first + done)
-                swap_average()
+                work_with(weights)
                 set_random_state(kept)
             if done % s.save_every == 0 or interrupted.is_set():
                 checkpoint(done)
             if interrupted.is_set():
                 print(f"interrupted in phase {phase} after {done} of {steps} steps; go on with the same command and --resume")
                 raise KeyboardInterrupt
-        swap_average()
+        module.float()
+        work_with(average)
 
 
 def main(argv=None):
@@ -189,7 +192,7 @@ def main(argv=None):
     def show_vae(step):
         torch.manual_seed(s.seed)
         pictures = draw_pictures(64)
-        decoded = model.vae.decode(model.vae.encode(pictures)[0]).clamp(-1, 1)
+        decoded = model.vae.decode(model.vae.encode(pictures)[0]).float().clamp(-1, 1)
         psnr = -10 * torch.log10(torch.mean((decoded - pictures) ** 2 / 4)).item()
         run.log(out / "log.jsonl", phase="vae", step=step, psnr=psnr)
         rows = torch.cat([pictures[:8], decoded[:8], pictures[-8:], decoded[-8:]])
@@ -222,9 +225,8 @@ def main(argv=None):
     prompts = [d.image_captions[i][0] for i in range(0, len(d.image_captions), max(1, len(d.image_captions) // 8))][:8]
 
     def show_samples(step):
-        with autocast:
-            sets = model.sample(prompts, steps=25, seed=s.seed)                  # [8, 4, 3, H, W]
-            singles = model.sample(prompts, steps=25, seed=s.seed, views=1, mode="2d")
+        sets = model.sample(prompts, steps=25, seed=s.seed)                      # [8, 4, 3, H, W]
+        singles = model.sample(prompts, steps=25, seed=s.seed, views=1, mode="2d")
         save_png(out / "progress" / f"samples_{step:06d}.png", grid(torch.cat([sets, singles], 1).flatten(0, 1), 10))
         rows = [row for row in run.read_log(out / "log.jsonl") if row["phase"] == "unet"]
         save_curve(out / "loss.png", {name: [(row["step"] - s.vae_steps, row[name]) for row in rows if name in row]

@@ -154,4 +154,4 @@ class MVDream(nn.Module):
         generator = torch.Generator().manual_seed(seed)                          # on the CPU: the same picture on every device
         shape = (len(prompts), views, config.unet.in_channels, self.latent_size, self.latent_size)
         latents = diffusion.sample(eps, shape, steps, sampler, eta, generator, device, progress)
-        return (self.decode(latents.to(self.unet.conv_out.weight.dtype)).float() / 2 + 0.5).clamp(0, 1)
+        return (self.decode(latents).float() / 2 + 0.5).clamp(0, 1)

@@ -156,9 +156,9 @@ class VAE(nn.Module):
 
         H and W must be multiples of 2**(levels - 1). A sample is mean + exp(logvar / 2) * noise.
         """
-        mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
+        mean, logvar = self.quant_conv(self.encoder(images.to(self.quant_conv.weight.dtype))).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
     def decode(self, z):
         """Unscaled latents [N, z_channels, h, w] -> images [N, 3, H, W], about [-1, 1]; not clamped."""
-        return self.decoder(self.post_quant_conv(z))
+        return self.decoder(self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype)))
