@@ -169,7 +169,7 @@ def main(argv=None):
     config = copy.deepcopy(PRESETS[s.preset])
     config.text.words = tuple(sorted(set(IDENTIFIERS).union(
         *(set(words_of(c)) - {","} for captions in (d.set_captions, d.image_captions, [[suffix]]) for cs in captions for c in cs))))
-    model = MVDream(config).to(device, memory_format=torch.channels_last)
+    model = MVDream(config).to(device)
     z = config.vae.z_channels
     torch.nn.init.constant_(model.vae.quant_conv.bias[z:], -6.0)                 # latents start with little noise, and learn sooner
     state = {"phase": None, "step": 0}
