@@ -92,17 +92,15 @@ def part_files(folder):
 
 
 def read_file(path):
-    """One .safetensors, .pt, .ckpt or .bin file -> ({name: tensor}, {str: str} of its header). Raises UserError."""
+    """One .pt, .pth, .ckpt or .bin file, or else a safetensors file -> ({name: tensor}, {str: str} of its header). Raises UserError."""
     with open(path, "rb") as file:
         start = file.read(256)
     if start.lstrip().startswith(b"<"):
         raise UserError(f"{path} is a web page, not a checkpoint: a download that was answered by an error or a login; download it again")
     if start.startswith(b"version https://git-lfs"):
         raise UserError(f"{path} only points to the checkpoint; fetch it with `git lfs pull`")
-    if path.suffix == ".safetensors":
+    if path.suffix not in (".pt", ".pth", ".ckpt", ".bin"):
         return read_safetensors(path)
-    if path.suffix not in (".pt", ".ckpt", ".bin"):
-        raise UserError(f"{path} is no checkpoint that mvd reads: name a .safetensors, .pt or .ckpt file")
     zipped = zipfile.is_zipfile(path)                                           # as torch.save writes since 2020, and can be mapped
     if not zipped and (start.startswith(b"PK") or not start.startswith(b"\x80")):
         raise UserError(f"{path} is damaged, cut short or no PyTorch file; use another or download it again")

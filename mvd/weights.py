@@ -9,6 +9,7 @@ layouts can be applied to any name, since a name in ours fits none. LDM's rules,
 """
 import itertools
 import re
+import statistics
 
 import torch
 
@@ -197,40 +198,44 @@ def sizes(parts):
 
     What shapes do not tell is taken from Stable Diffusion 2: 64 channels a head, 32 groups, the latents' scale, and that the last
     layer of a whole text tower is not run; a tower cut for it has no `text_projection`. Raises UserError, naming the tensor, if
-    one that tells a size is missing, or the vocabulary is not CLIP's.
+    one that tells a size is missing or cannot tell it, or the vocabulary is not CLIP's.
     """
     unet, vae, text = (parts[part] for part in ("unet", "vae", "text"))
 
-    def shape(part, name):
+    def size(part, name, axis=0):
+        theirs = f"(in MVDream's file: {released_name(part, name, parts)})"
         if name not in parts[part]:
-            raise UserError(f"the tensor {part}.{name} is missing (in MVDream's file: {released_name(part, name, parts)})")
-        return parts[part][name].shape
+            raise UserError(f"the tensor {part}.{name} is missing {theirs}")
+        if parts[part][name].dim() <= axis:
+            raise UserError(f"the tensor {part}.{name} has shape {list(parts[part][name].shape)} {theirs}")
+        return parts[part][name].shape[axis]
 
-    channels, rungs = shape("unet", "encoder.0.conv.weight")[0], most(unet, r"encoder\.(\d+)")
+    def width(part, stem, *layers):                                             # one tensor of a wrong shape is outvoted, then named
+        return statistics.mode(size(part, f"{stem}.{layer}") for layer in layers)
+
+    channels, rungs = width("unet", "encoder", "0.conv.weight", "0.conv.bias", "1.res.norm1.bias"), most(unet, r"encoder\.(\d+)")
     held = {tuple(name.split(".")[:3]) for name in unet}                        # ("encoder", "3", "down"), ...
     blocks = next((i for i in range(1, rungs) if ("encoder", f"{i}", "down") in held), rungs) - 1
     firsts = range(1, rungs, blocks + 1)                                        # the first ResBlock of each level
-    attention = tuple(2 ** level for level, i in enumerate(firsts) if ("encoder", f"{i}", "attention") in held)
     unet_config = UNetConfig(
-        in_channels=shape("unet", "encoder.0.conv.weight")[1], out_channels=shape("unet", "conv_out.weight")[0],
-        model_channels=channels, num_res_blocks=blocks, attention_resolutions=attention,
-        channel_mult=tuple(shape("unet", f"encoder.{i}.res.conv1.weight")[0] // channels for i in firsts),
-        context_dim=shape("unet", "middle.1.attention.cross_attention.to_k.weight")[1],
-        camera_dim=shape("unet", "camera_mlp.0.weight")[1] if "camera_mlp.0.weight" in unet else UNetConfig.camera_dim)
-    channels = shape("vae", "encoder.conv_in.weight")[0]
+        in_channels=size("unet", "encoder.0.conv.weight", 1), out_channels=width("unet", "conv_out", "weight", "bias"),
+        model_channels=channels, num_res_blocks=blocks,
+        channel_mult=tuple(width("unet", f"encoder.{i}.res", "conv1.bias", "norm2.weight", "norm2.bias") // channels for i in firsts),
+        attention_resolutions=tuple(2 ** level for level, i in enumerate(firsts) if ("encoder", f"{i}", "attention") in held),
+        context_dim=size("unet", "middle.1.attention.cross_attention.to_k.weight", 1))
+    channels, levels = width("vae", "encoder", "conv_in.weight", "conv_in.bias", "down.0.blocks.0.norm1.bias"), most(vae, r"encoder\.down\.(\d+)")
     vae_config = VAEConfig(
-        channels=channels, num_res_blocks=most(vae, r"encoder\.down\.0\.blocks\.(\d+)"),
-        channel_mult=tuple(shape("vae", f"encoder.down.{i}.blocks.0.conv1.weight")[0] // channels
-                           for i in range(most(vae, r"encoder\.down\.(\d+)"))),
-        z_channels=shape("vae", "post_quant_conv.weight")[0])
-    (length, width), layers = shape("text", "tower.positional_embedding"), most(text, r"tower\.transformer\.resblocks\.(\d+)")
+        channels=channels, num_res_blocks=most(vae, r"encoder\.down\.0\.blocks\.(\d+)"), z_channels=size("vae", "post_quant_conv.weight"),
+        channel_mult=tuple(width("vae", f"encoder.down.{i}.blocks.0", "conv1.bias", "norm2.weight", "norm2.bias") // channels
+                           for i in range(levels)))
+    if (rows := size("text", "tower.token_embedding.weight")) != 49408:
+        raise UserError(f"the tensor text.tower.token_embedding.weight has {rows} rows, but CLIP's vocabulary has 49408; a model that "
+                        "knows fewer words needs the header that mvd writes")
+    columns, layers = width("text", "tower.ln_final", "weight", "bias"), most(text, r"tower\.transformer\.resblocks\.(\d+)")
     whole = bool({"tower.text_projection", "logit_scale"} & text.keys())
-    if shape("text", "tower.token_embedding.weight")[0] != 49408:
-        raise UserError(f"the tensor text.tower.token_embedding.weight has {len(text['tower.token_embedding.weight'])} rows, but "
-                        "CLIP's vocabulary has 49408; a model that knows fewer words needs the header that mvd writes")
     text_config = TextConfig(
-        width=width, heads=width // 64, layers=layers, unused_layers=int(whole or layers == TextConfig.layers),
-        output_dim=shape("text", "tower.text_projection")[1] if whole else None, context_length=length)
+        width=columns, heads=columns // 64, layers=layers, unused_layers=int(whole or layers == TextConfig.layers),
+        output_dim=size("text", "tower.text_projection", 1) if whole else None, context_length=size("text", "tower.positional_embedding"))
     if unet_config.in_channels != vae_config.z_channels:
         raise UserError(f"the UNet takes {unet_config.in_channels} channels and the VAE gives {vae_config.z_channels}: a model for "
                         "inpainting or upscaling, perhaps; mvd reads MVDream and Stable Diffusion 2")

@@ -1,4 +1,5 @@
 """Names: every released tensor finds its place once, every layout gives the same model, and what is written is what was released."""
+import json
 import math
 
 import pytest
@@ -140,7 +141,8 @@ def test_any_depth(mult, blocks, attention):
     written = weights.to_released(ours)
     for part, pairs in (("unet", unet_pairs(unet_config)), ("vae", vae_pairs(vae_config))):
         ldm = {name: t for name, t in written.items() if name.startswith(PREFIXES[part])}
-        assert all(weights.convert(ldm)[part][name] is t for name, t in ours[part].items())
+        back = weights.convert(ldm)[part]
+        assert all(back[name] is t for name, t in ours[part].items())
         theirs = {f"{part}.{b}.{kind}": ldm[f"{PREFIXES[part]}{a}.{kind}"] for a, b in pairs for kind in ("weight", "bias")
                   if f"{PREFIXES[part]}{a}.{kind}" in ldm}
         expected = {name: t for name, t in ours[part].items() if not name.startswith("camera_mlp.")}
@@ -154,7 +156,6 @@ def test_any_depth(mult, blocks, attention):
 @torch.no_grad()
 def test_the_released_numbers_through_diffusers_names():
     """The small reference case, its weights drawn from LDM names, written as diffusers writes them."""
-    import json
     shapes = json.loads((DATA / "keys_unet_small.json").read_text())
     config = UNetConfig(model_channels=64, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(1, 2), head_dim=32, context_dim=48)
     tensors = {}
