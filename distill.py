@@ -134,7 +134,8 @@ def look(s, nerf, occupancy, azimuths, size, normals=False, elevation=15.0, fov=
 
 
 def write_results(s, nerf, occupancy, out, size):
-    """Pictures from eight sides, turntable, depth, normals, field and mesh."""
+    """Pictures from eight sides, turntable, depth, normals, field and mesh. Returns the mean opacity along the pictures' borders,
+    where nothing should be."""
     eight, camera = look(s, nerf, occupancy, [45.0 * i for i in range(8)], size, normals=True)
     pictures.save_png(out / "views4.png", pictures.grid(eight.rgb[::2], 4))
     pictures.save_png(out / "views.png", pictures.grid(eight.rgb, 4))
@@ -149,9 +150,11 @@ def write_results(s, nerf, occupancy, out, size):
         surface = mesh.extract(nerf.density, lambda x: nerf(x)[1], threshold=s.density_threshold, device=occupancy.upper.device)
     except UserError as error:
         print(f"no mesh: {error}")
-        return
-    mesh.write_glb(out / "mesh.glb", surface)
-    mesh.write_obj(out / "mesh.obj", surface)
+    else:
+        mesh.write_glb(out / "mesh.glb", surface)
+        mesh.write_obj(out / "mesh.obj", surface)
+    edges = (eight.opacity[..., 0, :], eight.opacity[..., -1, :], eight.opacity[..., 0], eight.opacity[..., -1])   # [V, 1, size]
+    return torch.stack(edges).mean().item()
 
 
 def distill(s, model, out, state=None):
@@ -234,12 +237,13 @@ def main():
     if done < s.steps:
         print(f"interrupted after {done} of {s.steps} steps; go on with the same command and --resume; writing the results so far "
               f"to {out}")
-    write_results(s, nerf, occupancy, out, model.config.size)
+    haze = write_results(s, nerf, occupancy, out, model.config.size)
     rows = [(row["step"], row["loss"]) for row in run.read_log(out / "log.jsonl")]
     pictures.save_curve(out / "loss.png", {"loss": rows}, "step", "loss", log_scale=True)
     if done < s.steps:
         raise KeyboardInterrupt
-    print(f"{out}: {s.steps} steps and all results in {time.time() - begin:.0f} s; open {out / 'turntable.webp'}")
+    print(f"{out}: {s.steps} steps and all results in {time.time() - begin:.0f} s, opacity along the borders {haze:.4f}; "
+          f"open {out / 'turntable.webp'}")
 
 
 if __name__ == "__main__":

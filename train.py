@@ -30,8 +30,8 @@ class Settings:
     out: str = field(default="runs/tiny", metadata={"help": "folder for the model, pictures, log and checkpoint"})
     preset: str = field(default="tiny", metadata={"help": "sizes of the networks", "choices": tuple(PRESETS)})
     init: str = field(default="", metadata={"help": "start from sd21, or from the path of a checkpoint, at its size"})
-    vae_steps: int = field(default=5000, metadata={"help": "training steps of the autoencoder", "min": 0})
-    steps: int = field(default=20000, metadata={"help": "training steps of the UNet and the text tower", "min": 1})
+    vae_steps: int = field(default=4000, metadata={"help": "training steps of the autoencoder", "min": 0})
+    steps: int = field(default=16000, metadata={"help": "training steps of the UNet and the text tower", "min": 1})
     batch: int = field(default=64, metadata={"help": "multi-view sets in a batch; an image batch has four times as many pictures",
                                                 "min": 1})
     vae_lr: float = field(default=1e-3, metadata={"help": "peak learning rate of the autoencoder", "min": 0})

@@ -113,27 +113,39 @@ def vertex_normals(vertices, faces):
     return np.where(length > 0, normals / np.maximum(length, 1e-30), [0.0, 0.0, 1.0]).astype(np.float32)
 
 
+def seen_colours(density_fn, colour_fn, points, inward, start=-0.05, end=0.25, samples=24):
+    """What a viewer sees of a surface that is not sharp: colours [M, 3] volume-rendered along rays that pass `points`
+    [M, 3] in the direction `inward` [M, 3], from `start` to `end` (world units): sum w c / sum w (NeRF eq. 3)."""
+    step = (end - start) / samples
+    along = start + (torch.arange(samples, device=points.device) + 0.5) * step                # [S]
+    x = (points[:, None] + along[:, None] * inward[:, None]).reshape(-1, 3)                   # [M * S, 3]
+    depth = density_fn(x).view(-1, samples).float() * step                                    # optical, of each sample
+    weights = (1 - torch.exp(-depth)) * torch.exp(depth - depth.cumsum(1))                    # [M, S]
+    colours = (weights[..., None] * colour_fn(x).view(-1, samples, 3).float()).sum(1)
+    return colours / weights.sum(1, keepdim=True).clamp(min=1e-9)
+
+
 @torch.no_grad()
 def extract(density_fn, colour_fn, resolution=128, threshold=25.0, device="cpu"):
-    """The surface density = threshold inside the box [-1, 1]^3, with the colour of the field at its vertices.
+    """The surface density = threshold inside the box [-1, 1]^3, with the colours that are seen of it from outside.
 
     density_fn: points [N, 3] in world units on `device` -> [N]; colour_fn: points -> [N, 3] in [0, 1]. Densities are
     taken in the middle of resolution^3 cells. Raises UserError if nothing is denser than the threshold.
     """
-    def evaluate(function, points):                                 # in chunks: a hash grid needs kilobytes a point
-        return torch.cat([function(chunk.to(device)).float().cpu() for chunk in points.split(65536)])
-
     centre = (torch.arange(resolution) + 0.5) / resolution * 2 - 1
     points = torch.cartesian_prod(centre, centre, centre)           # [n^3, 3], x slowest
-    density = evaluate(density_fn, points).view(resolution, resolution, resolution)
+    chunks = points.split(65536)                                    # a hash grid needs kilobytes a point
+    density = torch.cat([density_fn(chunk.to(device)).float().cpu() for chunk in chunks]).view(3 * (resolution,))
     vertices, faces = marching_tetrahedra(density, threshold)
     if len(faces) == 0:
         raise UserError(f"there is no object to make a mesh of: the density stays below {threshold:g} "
                         f"(largest {density.max():.3g}); run more steps")
     vertices, faces = drop_specks(vertices, faces)
     vertices = (vertices + 0.5) / resolution * 2 - 1
-    colours = evaluate(colour_fn, torch.from_numpy(vertices)).clamp(0, 1).numpy()
-    return Mesh(vertices, faces, colours, vertex_normals(vertices, faces))
+    normals = vertex_normals(vertices, faces)
+    rays = zip(torch.from_numpy(vertices).split(2048), torch.from_numpy(-normals).split(2048))
+    colours = torch.cat([seen_colours(density_fn, colour_fn, points.to(device), inward.to(device)).cpu() for points, inward in rays])
+    return Mesh(vertices, faces, colours.clamp(0, 1).numpy(), normals)
 
 
 def _y_up(vectors):

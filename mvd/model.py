@@ -45,11 +45,12 @@ PRESETS = {
         vae=VAEConfig(channels=32, channel_mult=(1, 2, 2, 4), num_res_blocks=1, z_channels=8, scale_factor=1.0, groups=8),
         text=TextConfig(width=192, heads=6, layers=2, unused_layers=0, output_dim=None, context_length=24),
         size=128, guidance=4.0,
-        distill=dict(steps=400, save_every=25, guidance=10.0, negative="",
+        distill=dict(steps=400, save_every=25, guidance=5.0, t_max=0.3, negative="",
                      suffix=", 3d asset",                                       # all captions of its 3D training had it
                      coarse_size=32, coarse_sets=1, fine_size=64, fine_sets=1, budget=49152, step_size=0.027,
                      random_background=1.0, grey_background=True,                # what it was trained on
-                     levels=8, log2_entries=15, coarsest=8, finest=256, lr_grid=0.05, lr=0.01, occupancy_every=8)),
+                     levels=8, log2_entries=15, coarsest=8, finest=128, lr_grid=0.02, lr=0.005, occupancy_every=8,
+                     density_threshold=10.0)),
 }
 
 

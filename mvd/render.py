@@ -2,8 +2,8 @@
 
 1. `OccupancyGrid` remembers where matter is (Instant NGP §C), so that empty space costs nothing.
 2. `sample` marches all rays in equal steps, asks the grid, and deals a fixed number of slots to the steps that lie in
-   occupied cells and are not hidden behind opaque ones. Too many steps: it thins them out, evenly and without bias.
-   Too few: the slots left over weigh nothing.
+   occupied cells and are not hidden behind opaque ones, by what the grid knows of a cell (Instant NGP asks the field
+   about each sample). Too many steps: it thins them out, evenly and without bias. Too few: the rest weighs nothing.
 3. `composite` is the volume rendering equation (NeRF, eq. 3) over those slots, which lie sorted by ray and by distance.
 4. `render` does 1-3 for training, with shading if asked; `render_image` draws pictures for people.
 """

@@ -92,16 +92,6 @@ def pairs(which):
     return [(s, a) for s in SUBJECTS for a in (None, *ACCESSORIES) if split(s, a) == which]
 
 
-def all_words():
-    """Every word that a caption, or the suffix ", 3d asset", can contain."""
-    things = [Thing(s, a, c) for s in SUBJECTS for a in (None, *ACCESSORIES) for c in (None, *COLOURS)]
-    text = " ".join(caption for thing in things for caption in captions(thing))
-    return tuple(sorted({*text.replace(",", " ").split(), *"a an the of photo and 3d asset".split()}))
-
-
-WORDS = all_words()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Shapes and colours
 

@@ -8,6 +8,7 @@ from mvd import MVDream, cameras
 from mvd.errors import UserError
 from mvd.files import read_safetensors, write_safetensors
 from mvd.model import PRESETS
+from mvd.text import IDENTIFIERS
 
 
 def small_config():
@@ -117,3 +118,14 @@ def test_without_shipped_weights_load_says_how_to_make_them(monkeypatch, tmp_pat
     monkeypatch.setattr("mvd.model.TINY", tmp_path / "tiny.safetensors")
     with pytest.raises(UserError, match="train.py"):
         MVDream.load("tiny")
+
+
+def test_the_shipped_model_is_small_complete_and_up_to_date():
+    from mvd.model import TINY
+    assert TINY.stat().st_size <= 40 * 2 ** 20
+    shipped, preset = MVDream.load("tiny"), PRESETS["tiny"]
+    assert {"bulldog", "crown", "3d", "asset", *IDENTIFIERS} <= set(shipped.config.text.words)
+    assert (shipped.config.distill, shipped.config.guidance, shipped.config.suffix) == (preset.distill, preset.guidance, preset.suffix)
+    red, blue = shipped.sample(["a red car", "a blue car"], steps=8, seed=0)[:, 0]                         # [3, 128, 128]
+    colour = [view[:, 48:80, 48:80].mean((1, 2)) for view in (red, blue)]
+    assert colour[0][0] > colour[0][2] + 0.2 and colour[1][2] > colour[1][0] + 0.1                       # it has learned something
