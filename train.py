@@ -174,7 +174,7 @@ def new_model(preset, d):
 def main(argv=None):
     s = cli.parse(Settings, argv, __doc__)
     if s.init:
-        s = replace(cli.parse(Settings, argv, __doc__, FROM_INIT), vae_steps=0)
+        s = replace(cli.parse(Settings, argv, __doc__, FROM_INIT), vae_steps=0)    # its autoencoder is trained
     device = choose_device(s.device)
     d = data.load(s.data)
     torch.manual_seed(s.seed)
@@ -183,7 +183,8 @@ def main(argv=None):
     model = MVDream.load(s.init, device) if s.init else new_model(s.preset, d).to(device)
     config = model.config
     if d.sets.shape[-1] % model.size_multiple:
-        raise UserError(f"{s.data} has pictures of {d.sets.shape[-1]} pixels, but this model needs a multiple of {model.size_multiple}")
+        raise UserError(f"{s.data} has pictures of {d.sets.shape[-1]} pixels, but this model needs a multiple of "
+                        f"{model.size_multiple}; make others")
     if s.init:
         model.unet.requires_grad_(True)                                          # loaded for inference
         config.size = d.sets.shape[-1]
@@ -214,7 +215,7 @@ def main(argv=None):
         rows = torch.cat([pictures[:8], decoded[:8], pictures[-8:], decoded[-8:]])
         save_png(out / "progress" / f"vae_{step:06d}.png", grid(rows / 2 + 0.5, 8))
 
-    if state["phase"] != "unet" and not s.init:
+    if state["phase"] != "unet":
         fit("vae", model, model.vae, {"loss": lambda: vae_loss(model.vae, draw_pictures(s.vae_batch))}, [1.0],
             0, s.vae_steps, s.vae_lr, s, out, state if state["phase"] == "vae" else None, show_vae)
 

@@ -62,16 +62,17 @@ def download(repository, files):
             raise UserError(f"{repository} is gated: accept its licence on https://huggingface.co/{repository}, log in with "
                             "`hf auth login`, and run again") from error
         except hub.LocalEntryNotFoundError as error:
-            raise UserError(f"{repository}/{file} is not in the cache, and the hub cannot be reached (no network, or HF_HUB_OFFLINE is "
-                            f"set): connect and run again, {by_hand}") from error
+            raise UserError(f"{repository}/{file} is not in the cache, and the hub cannot be reached (no network, or HF_HUB_OFFLINE "
+                            f"is set): connect and run again, {by_hand}") from error
         except (hub.RepositoryNotFoundError, hub.EntryNotFoundError) as error:
             raise UserError(f"the hub has no {repository}/{file} any more, or asks for a login (`hf auth login`); log in, "
                             f"{by_hand}") from error
         except (hub.HTTPError, OSError) as error:
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-                raise UserError(f"no space left on the disk for {repository}/{file}; free some, or let HF_HOME name a folder on another "
-                                "disk, and run again: the download goes on where it stopped") from error
-            raise UserError(f"the download of {repository}/{file} broke off ({error}); run again: it goes on where it stopped") from error
+                raise UserError(f"no space left on the disk for {repository}/{file}; free some, or let HF_HOME name a folder on "
+                                "another disk, and run again: the download goes on where it stopped") from error
+            raise UserError(f"the download of {repository}/{file} broke off ({error}); run again: it goes on where it "
+                            "stopped") from error
     return path if len(files) == 1 else path.parents[1]
 
 
@@ -92,11 +93,12 @@ def part_files(folder):
 
 
 def read_file(path):
-    """One .pt, .pth, .ckpt or .bin file, or else a safetensors file -> ({name: tensor}, {str: str} of its header). Raises UserError."""
+    """A .pt, .pth, .ckpt or .bin file, or else a safetensors file -> ({name: tensor}, {str: str} of its header). Raises
+    UserError."""
     with open(path, "rb") as file:
         start = file.read(256)
     if start.lstrip().startswith(b"<"):
-        raise UserError(f"{path} is a web page, not a checkpoint: a download that was answered by an error or a login; download it again")
+        raise UserError(f"{path} is a web page, not a checkpoint: the download was answered by an error or a login; download it again")
     if start.startswith(b"version https://git-lfs"):
         raise UserError(f"{path} only points to the checkpoint; fetch it with `git lfs pull`")
     if path.suffix not in (".pt", ".pth", ".ckpt", ".bin"):
@@ -108,8 +110,9 @@ def read_file(path):
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:                                     # the refused function, or what else is wrong
         named = re.search(r"GLOBAL (\S+)|class (\S+)", str(error))
-        raise UserError(f"{path} holds more than tensors ({named[1] or named[2] if named else 'objects'}), and loading that could run a "
-                        "stranger's code, so it is refused; use the .safetensors file of the same model") from error
+        what = named[1] or named[2] if named else "objects"
+        raise UserError(f"{path} holds more than tensors ({what}), and loading that could run a stranger's code, so it is refused; "
+                        "use the .safetensors file of the same model") from error
     except (RuntimeError, EOFError, OSError) as error:
         raise UserError(f"{path} is damaged or cut short ({error}); use another or download it again") from error
     if not isinstance(content, dict):

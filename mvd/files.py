@@ -76,4 +76,5 @@ def read_safetensors(path):
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
     except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged, cut short or no safetensors file ({error}); use another, download or make it again") from error
+        raise UserError(f"{path} is damaged, cut short or no safetensors file ({error}); use another, download or make it "
+                        "again") from error

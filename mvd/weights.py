@@ -95,7 +95,7 @@ IGNORED = (r"model_ema\.",                       # the average of a training tha
 FOREIGN = {r"lora": "a LoRA, which only changes another model's weights",
            r"^(conditioner|model\.diffusion_model\.label_emb|unet\.add_embedding)\.": "Stable Diffusion XL",
            r"^cond_stage_model\.transformer\.": "Stable Diffusion 1",
-           r"^(conv_in|encoder\.conv_in|time_embed|embeddings|text_model)\.": "one part of a model; name the folder that holds them all"}
+           r"^(conv_in|encoder\.conv_in|time_embed|embeddings|text_model)\.": "one part of a model; name the folder that holds all"}
 PREFIXES = {"model.diffusion_model.": "unet", "unet.": "unet", "first_stage_model.": "vae", "vae.": "vae",
             "cond_stage_model.model.": "text", "text_encoder.": "text", "text.": "text"}
 
@@ -223,11 +223,12 @@ def sizes(parts):
         channel_mult=tuple(width("unet", f"encoder.{i}.res", "conv1.bias", "norm2.weight", "norm2.bias") // channels for i in firsts),
         attention_resolutions=tuple(2 ** level for level, i in enumerate(firsts) if ("encoder", f"{i}", "attention") in held),
         context_dim=size("unet", "middle.1.attention.cross_attention.to_k.weight", 1))
-    channels, levels = width("vae", "encoder", "conv_in.weight", "conv_in.bias", "down.0.blocks.0.norm1.bias"), most(vae, r"encoder\.down\.(\d+)")
+    channels = width("vae", "encoder", "conv_in.weight", "conv_in.bias", "down.0.blocks.0.norm1.bias")
     vae_config = VAEConfig(
-        channels=channels, num_res_blocks=most(vae, r"encoder\.down\.0\.blocks\.(\d+)"), z_channels=size("vae", "post_quant_conv.weight"),
+        channels=channels, z_channels=size("vae", "post_quant_conv.weight"),
         channel_mult=tuple(width("vae", f"encoder.down.{i}.blocks.0", "conv1.bias", "norm2.weight", "norm2.bias") // channels
-                           for i in range(levels)))
+                           for i in range(most(vae, r"encoder\.down\.(\d+)"))),
+        num_res_blocks=most(vae, r"encoder\.down\.0\.blocks\.(\d+)"))
     if (rows := size("text", "tower.token_embedding.weight")) != 49408:
         raise UserError(f"the tensor text.tower.token_embedding.weight has {rows} rows, but CLIP's vocabulary has 49408; a model that "
                         "knows fewer words needs the header that mvd writes")
@@ -235,7 +236,8 @@ def sizes(parts):
     whole = bool({"tower.text_projection", "logit_scale"} & text.keys())
     text_config = TextConfig(
         width=columns, heads=columns // 64, layers=layers, unused_layers=int(whole or layers == TextConfig.layers),
-        output_dim=size("text", "tower.text_projection", 1) if whole else None, context_length=size("text", "tower.positional_embedding"))
+        output_dim=size("text", "tower.text_projection", 1) if whole else None,
+        context_length=size("text", "tower.positional_embedding"))
     if unet_config.in_channels != vae_config.z_channels:
         raise UserError(f"the UNet takes {unet_config.in_channels} channels and the VAE gives {vae_config.z_channels}: a model for "
                         "inpainting or upscaling, perhaps; mvd reads MVDream and Stable Diffusion 2")

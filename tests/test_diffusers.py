@@ -31,7 +31,7 @@ def build_theirs(config, folder):
         num_hidden_layers=t.layers - t.unused_layers, max_position_embeddings=t.context_length, bos_token_id=49406, eos_token_id=49407))
     unet.load_state_dict(folder["unet"])
     vae.load_state_dict(folder["vae"])
-    bare = not any(name.startswith("text_model.") for name in text.state_dict())                 # transformers dropped the prefix in 2026
+    bare = not any(name.startswith("text_model.") for name in text.state_dict())                 # as lately
     text.load_state_dict({name.removeprefix("text_model.") if bare else name: t for name, t in folder["text_encoder"].items()})
     return unet.eval(), vae.eval(), text.eval()
 
