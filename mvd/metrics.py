@@ -287,14 +287,14 @@ def clip_similarity(clip, views, prompts):
 
 
 def judge_by_clip(sets, clip):
-    """sets: list of (kind, prompt, views [V, 3, H, W]). -> a report a kind: n, clip_score, clip_r_precision (None for one prompt)."""
+    """sets: list of (kind, prompt, views [V, 3, H, W]). -> a report a kind: n, clip_score, r_precision (None for one prompt)."""
     prompts, rows = sorted({prompt for _, prompt, _ in sets}), {}
     for kind, prompt, views in tqdm(sets, desc="CLIP", unit="set", disable=None):
         similarity, own = clip_similarity(clip, views, prompts), prompts.index(prompt)
         rows.setdefault(kind, []).append((similarity[:, own].mean().item(), (similarity.argmax(1) == own).float().mean().item()))
     means = {kind: torch.tensor(pairs).mean(0).tolist() for kind, pairs in rows.items()}
     return [{"kind": kind, "n": len(rows[kind]), "prompts": len(prompts), "clip_score": 100 * cosine,
-             "clip_r_precision": right if len(prompts) > 1 else None} for kind, (cosine, right) in means.items()]
+             "r_precision": right if len(prompts) > 1 else None} for kind, (cosine, right) in means.items()]
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------------
@@ -358,11 +358,11 @@ def judge_samples(flags, device):
 
 def judge_runs(flags, device):
     """Folders: one report a mode and split. Runs from the same cameras are judged together."""
-    runs = {folder: read_run(folder) for folder in flags.runs}
+    found = {folder: read_run(folder) for folder in flags.runs}
     if flags.clip:
-        return judge_by_clip([(mode, prompt, views) for prompt, mode, _, views in runs.values()], load_clip(device))
+        return judge_by_clip([(mode, prompt, views) for prompt, mode, _, views in found.values()], load_clip(device))
     groups, reports = {}, {}
-    for folder, (prompt, mode, cameras, views) in runs.items():
+    for folder, (prompt, mode, cameras, views) in found.items():
         groups.setdefault((cameras, views.shape), []).append((folder, mode, read_prompt(prompt), views))
     for (cameras, _), runs in groups.items():
         folders, modes, things, views = zip(*runs)

@@ -183,11 +183,14 @@ def convert(state_dict):
             tensor = tensor[:, :, None, None]                                   # linear in diffusers, a 1x1 convolution here
         parts[part][ours] = tensor
     text = parts["text"]
-    for name in [name for name in text if ".q_proj." in name]:
-        apart = [name.replace(".q_proj.", f".{letter}_proj.") for letter in "qkv"]
-        if missing := [each for each in apart if each not in text]:
+    for joined in {re.sub(r"\.[qkv]_proj\.", ".in_proj_", name): None for name in text if re.search(r"\.[qkv]_proj\.", name)}:
+        apart = [joined.replace(".in_proj_", f".{letter}_proj.") for letter in "qkv"]
+        if missing := [name for name in apart if name not in text]:
             raise UserError(f"the tensor text.{missing[0]} is missing")
-        text[name.replace(".q_proj.", ".in_proj_")] = torch.cat([text.pop(each) for each in apart])
+        common = statistics.mode(text[name].shape for name in apart)
+        if odd := [name for name in apart if text[name].shape != common]:
+            raise UserError(f"the tensor text.{odd[0]} has shape {list(text[odd[0]].shape)}, wanted {list(common)}")
+        text[joined] = torch.cat([text.pop(name) for name in apart])
     return parts
 
 

@@ -310,7 +310,7 @@ def test_clip_judges_runs_of_any_prompt(clip, monkeypatch, capsys, tmp_path):
     right = [(cosines[i, :, i] > cosines[i, :, 1 - i]).float().mean().item() for i in range(2)]
     score = 50 * (cosines[0, :, 0].mean() + cosines[1, :, 1].mean()).item()
     assert json.loads(lines[0]) == {"kind": "3d", "n": 2, "prompts": 2, "clip_score": pytest.approx(score, rel=1e-4),
-                                    "clip_r_precision": pytest.approx(sum(right) / 2)}
+                                    "r_precision": pytest.approx(sum(right) / 2)}
     assert "-" in run_main(monkeypatch, capsys, str(tmp_path / "a"), "--clip").splitlines()[1]           # one prompt: nothing to mix up
 
 

@@ -195,8 +195,13 @@ def test_other_models_are_recognised_by_a_tensor_that_is_named(name, shape, word
     assert repr(name) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_lost_third_of_a_projection_is_named(released):
+@pytest.mark.parametrize("letter", "qkv")
+def test_a_lost_or_misshapen_third_of_a_projection_is_named(released, letter):
     tensors = flat(to_diffusers(released))
-    del tensors["text_encoder.text_model.encoder.layers.1.self_attn.k_proj.bias"]
-    with pytest.raises(UserError, match=r"text.tower.transformer.resblocks.1.attn.k_proj.bias is missing"):
+    name = f"text_encoder.text_model.encoder.layers.1.self_attn.{letter}_proj.weight"
+    ours = rf"text.tower.transformer.resblocks.1.attn.{letter}_proj.weight"
+    with pytest.raises(UserError, match=rf"{ours} has shape \[7, 5\]"):
+        weights.convert({**tensors, name: torch.zeros(7, 5)})
+    del tensors[name]
+    with pytest.raises(UserError, match=f"{ours} is missing"):
         weights.convert(tensors)
