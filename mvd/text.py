@@ -15,6 +15,7 @@ from torch import nn
 from .errors import UserError
 
 IDENTIFIERS = ("sks", "phol", "ucd", "mwf")       # rare tokens, reserved for subjects that DreamBooth will teach
+FILLERS = {",", *"a an and at by for from has in is its of on or that the to under with".split()}    # these alone name no thing
 
 
 @dataclass
@@ -63,15 +64,15 @@ class TextTower(nn.Module):
     def known_part(self, prompt):
         """The prompt without the words that the tower does not know, which a warning names.
 
-        Raises UserError if it knows none of them. The empty prompt is the unconditional one.
+        Raises UserError if it knows none of them, or nothing but fillers. The empty prompt is the unconditional one.
         """
         if not self.config.words or not prompt:
             return prompt
         words, known = words_of(prompt), {",", *self.config.words}
         unknown = [word for word in dict.fromkeys(words) if word not in known]
         listing = "it knows: " + " ".join(word for word in self.config.words if word not in IDENTIFIERS)
-        if not set(words) & known - {","}:
-            raise UserError(f"the model knows no word of {prompt!r}; {listing}")
+        if not set(words) & known - FILLERS:
+            raise UserError(f"the model knows nothing in {prompt!r}; {listing}")
         if unknown:
             warnings.warn(f"the model does not know {', '.join(unknown)}: left out; {listing}", stacklevel=3)
         return " ".join(word for word in words if word in known)

@@ -283,9 +283,9 @@ def damage(path):
 @pytest.mark.parametrize("flags, prompt, words", [
     ([], "", "prompt is empty"),
     ([], "  ", "prompt is empty"),
-    ([], "zebra, unicorn", "knows no word of 'zebra, unicorn'; it knows: 3d a asset bulldog red"),
-    (["--suffix", ", 3d asset"], "zebra", "knows no word of 'zebra'"),
-    (["--negative", "ugly"], "a red bulldog", "knows no word of 'ugly'"),
+    ([], "zebra, unicorn", "knows nothing in 'zebra, unicorn'; it knows: 3d a asset bulldog red"),
+    (["--suffix", ", 3d asset"], "zebra", "knows nothing in 'zebra'"),
+    (["--negative", "ugly"], "a red bulldog", "knows nothing in 'ugly'"),
     (["--stepz", "3"], "a red bulldog", "--stepz"),
     (["bulldog"], "a red", "quotes"),
     (["--seed", "99999999999999999999"], "a red bulldog", "--seed"),

@@ -95,8 +95,8 @@ def test_the_released_model_by_its_name(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("flags, prompt, words", [
     ([], " ", "prompt is empty"),
-    ([], "zebra", "knows no word of 'zebra'; it knows: 3d a asset bulldog red"),              # although the suffix is known
-    (["--negative", "ugly"], "a bulldog", "knows no word of 'ugly'"),
+    ([], "zebra", "knows nothing in 'zebra'; it knows: 3d a asset bulldog red"),              # although the suffix is known
+    (["--negative", "ugly"], "a bulldog", "knows nothing in 'ugly'"),
     (["--view", "3"], "a bulldog", "--view"),
     (["--views", "0"], "a bulldog", "--views"),
     (["--seed", "99999999999999999999"], "a bulldog", "--seed"),

@@ -56,8 +56,10 @@ def test_unknown_words_are_named_and_left_out():
     with pytest.warns(UserWarning, match="walrus.*it knows: a bulldog crown"):
         rows = t.tokenize(["a walrus, a bulldog"])
     assert torch.equal(rows, t.tokenize(["a, a bulldog"]))
-    with pytest.raises(UserError, match="knows no word of 'ein Hund'.*bulldog"):
+    with pytest.raises(UserError, match="knows nothing in 'ein Hund'.*bulldog"):
         t.tokenize(["ein Hund"])
+    with pytest.raises(UserError, match="knows nothing in 'a walrus'"):            # an article is no thing
+        t.tokenize(["a walrus"])
 
 
 def test_no_warning_for_known_words_and_the_empty_prompt():
