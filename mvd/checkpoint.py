@@ -12,6 +12,7 @@ from pathlib import Path
 import huggingface_hub
 import torch
 from huggingface_hub import errors as hub
+from huggingface_hub.utils import logging as hub_logging
 
 from .errors import UserError
 from .files import read_safetensors
@@ -54,6 +55,7 @@ def download(repository, files):
 
     A broken download goes on where it stopped when it is asked for again. HF_HUB_OFFLINE=1 asks the cache alone. Raises UserError.
     """
+    hub_logging.set_verbosity_error()                                           # its attempts would bury our one line
     by_hand = f"or download it elsewhere and name its path (https://huggingface.co/{repository})"
     for file in files:
         try:

@@ -384,7 +384,7 @@ def hub(tmp_path, monkeypatch):
     asking = functools.partial(huggingface_hub.hf_hub_download, endpoint=f"http://127.0.0.1:{server.server_port}",
                                cache_dir=tmp_path / "cache")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", asking)
-    monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)         # between its attempts
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)         # between its attempts
     monkeypatch.setattr(Hub, "state", "good")
     monkeypatch.setattr(Hub, "asked", [])
     yield Hub
@@ -417,13 +417,14 @@ def test_what_the_hub_refuses(hub, state, words, capsys):
     assert all(word in line for word in words), line
 
 
-def test_without_a_network(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)
+def test_without_a_network(tmp_path, monkeypatch, capsys, caplog):
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", functools.partial(
         huggingface_hub.hf_hub_download, endpoint="http://127.0.0.1:9", cache_dir=tmp_path))     # nobody answers there
     assert "MVDream/MVDream/sd-v2.1-base-4view.pt is not in the cache, and the hub cannot be reached" in one_line("mvdream-sd21", capsys)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set" in one_line("sd21", capsys)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("error, words", [
