@@ -1,6 +1,7 @@
 """A sentence -> a 3D object, by multi-view score distillation (MVDream §3.3).
 
     python distill.py "a bulldog wearing a crown"
+    python distill.py "an astronaut riding a horse" --model mvdream-sd21
 
 A field is rendered from four random sides, the model says how the pictures should change, the field learns. --mode 2d asks the
 same network without cameras, as DreamFusion does: compare the faces. Ctrl-C or a kill: the same command with --resume goes on.
@@ -28,7 +29,7 @@ NEGATIVE = ("ugly, bad anatomy, blurry, pixelated obscure, unnatural colors, poo
 class Settings:
     """The defaults are the released ones, for the full-size model; a model's header may hold others (`ModelConfig.distill`)."""
     prompt: str = field(metadata={"help": "what to make, in quotes", "positional": True})
-    model: str = field(default="tiny", metadata={"help": "tiny, or a .safetensors file"})
+    model: str = field(default="tiny", metadata={"help": "tiny, mvdream-sd21, sd21, or the path of a checkpoint"})
     mode: str = field(default="3d", metadata={"help": "3d: multi-view distillation; 2d: every view alone", "choices": ("3d", "2d")})
     out: str | None = field(default=None, metadata={"help": "folder of the run (default: runs/<prompt>)"})
     resume: bool = field(default=False, metadata={"help": "go on from the run's checkpoint"})

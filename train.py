@@ -1,15 +1,17 @@
-"""Train MVDream from nothing: first the autoencoder, then the UNet with the text tower (MVDream §3.2).
+"""Train MVDream: from nothing, first the autoencoder, then the UNet with the text tower; or the UNet from Stable Diffusion (§3.2).
 
     python -m mvd.toyworld --out data/toy --objects 3600 --images 14400
     python train.py --data data/toy --out runs/tiny
+    python train.py --data data/toy256 --out runs/mvdream --init sd21
 
-A batch is multi-view with probability 0.7, else single images in 2D mode. On a GPU the whole training step is one CUDA graph.
+As in the paper, --init keeps the autoencoder and the text tower as they are, and only the UNet learns, with its new camera MLP. A
+batch is multi-view with probability 0.7, else single images in 2D mode. On a GPU the whole training step is one CUDA graph.
 Ctrl-C or a kill loses at most --save-every steps: the same command with --resume goes on.
 """
 import copy
 import math
 import random
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from tqdm import tqdm
@@ -27,6 +29,7 @@ class Settings:
     data: str = field(default="data/toy", metadata={"help": "folder of rendered sets and images (python -m mvd.toyworld)"})
     out: str = field(default="runs/tiny", metadata={"help": "folder for the model, pictures, log and checkpoint"})
     preset: str = field(default="tiny", metadata={"help": "sizes of the networks", "choices": tuple(PRESETS)})
+    init: str = field(default="", metadata={"help": "start from sd21, or from the path of a checkpoint, at its size"})
     vae_steps: int = field(default=4000, metadata={"help": "training steps of the autoencoder", "min": 0})
     steps: int = field(default=16000, metadata={"help": "training steps of the UNet and the text tower", "min": 1})
     batch: int = field(default=64, metadata={"help": "multi-view sets in a batch; an image batch has four times as many pictures",
@@ -44,6 +47,7 @@ class Settings:
     resume: bool = field(default=False, metadata={"help": "go on from the checkpoint in --out"})
 
 
+FROM_INIT = dict(batch=4, lr=1e-5)  # defaults with --init, for 256² pixels and weights that know much already
 MULTIVIEW_SHARE = 0.7          # MVDream §3.2
 UNCONDITIONAL_SHARE = 0.1      # text dropout, for guidance
 KL_WEIGHT = 1e-4               # of the autoencoder's latents, a number of the latent
@@ -157,21 +161,34 @@ def fit(phase, model, module, losses, shares, first, steps, peak_lr, s, out, sta
         work_with(average)
 
 
+def new_model(preset, d):
+    """A model of random weights that knows the words of the captions."""
+    config = copy.deepcopy(PRESETS[preset])
+    config.text.words = tuple(sorted(set(IDENTIFIERS).union(*(set(words_of(c)) - {","} for captions in (
+        d.set_captions, d.image_captions, [[config.suffix]]) for wordings in captions for c in wordings))))
+    model = MVDream(config)
+    torch.nn.init.constant_(model.vae.quant_conv.bias[config.vae.z_channels:], -6.0)   # latents start with little noise: learns sooner
+    return model
+
+
 def main(argv=None):
     s = cli.parse(Settings, argv, __doc__)
+    if s.init:
+        s = replace(cli.parse(Settings, argv, __doc__, FROM_INIT), vae_steps=0)    # its autoencoder is trained
     device = choose_device(s.device)
     d = data.load(s.data)
-    out = run.open_run(s.out, asdict(s), s.resume, may_change=("sample_every", "save_every"))
     torch.manual_seed(s.seed)
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
-    suffix = PRESETS[s.preset].suffix
-    config = copy.deepcopy(PRESETS[s.preset])
-    config.text.words = tuple(sorted(set(IDENTIFIERS).union(
-        *(set(words_of(c)) - {","} for captions in (d.set_captions, d.image_captions, [[suffix]]) for cs in captions for c in cs))))
-    model = MVDream(config).to(device)
-    z = config.vae.z_channels
-    torch.nn.init.constant_(model.vae.quant_conv.bias[z:], -6.0)                 # latents start with little noise, and learn sooner
+    model = MVDream.load(s.init, device) if s.init else new_model(s.preset, d).to(device)
+    config = model.config
+    if d.sets.shape[-1] % model.size_multiple:
+        raise UserError(f"{s.data} has pictures of {d.sets.shape[-1]} pixels, but this model needs a multiple of "
+                        f"{model.size_multiple}; make others")
+    if s.init:
+        model.unet.requires_grad_(True)                                          # loaded for inference
+        config.size = d.sets.shape[-1]
+    out = run.open_run(s.out, asdict(s), s.resume, may_change=("sample_every", "save_every"))
     state = {"phase": None, "step": 0}
     if s.resume and (out / "checkpoint.safetensors").exists():                   # killed before the first: from the start
         state, _ = run.load_checkpoint(out / "checkpoint.safetensors")
@@ -208,8 +225,9 @@ def main(argv=None):
     autocast = torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
     set_moments = data.moments(model.vae, sets, s.copies, autocast)              # [copies, N, 32, 2c, h, w]
     image_moments = data.moments(model.vae, images[:, None], s.copies, autocast)   # [copies, M, 1, 2c, h, w]
-    config.vae.scale_factor = 1 / set_moments.chunk(2, dim=3)[0].float().std().item()   # the UNet sees a standard deviation of 1
-    set_tokens = data.token_table(model.text, d.set_captions, suffix).to(device)
+    if not s.init:
+        config.vae.scale_factor = 1 / set_moments.chunk(2, dim=3)[0].float().std().item()    # the UNet sees a standard deviation of 1
+    set_tokens = data.token_table(model.text, d.set_captions, config.suffix).to(device)
     image_tokens = data.token_table(model.text, d.image_captions).to(device)
     no_tokens = model.text.tokenize([""]).to(device)
     set_cameras = d.set_cameras.to(device)
@@ -232,7 +250,7 @@ def main(argv=None):
         save_curve(out / "loss.png", {name: [(row["step"] - s.vae_steps, row[name]) for row in rows if name in row]
                                           for name in ("multiview", "single")}, "step", "loss", log_scale=True)
 
-    trained = torch.nn.ModuleList([model.unet, model.text])
+    trained = torch.nn.ModuleList([model.unet] if s.init else [model.unet, model.text])
     fit("unet", model, trained, {"multiview": multiview, "single": single}, [MULTIVIEW_SHARE, 1 - MULTIVIEW_SHARE],
         s.vae_steps, s.steps, s.lr, s, out, state if state["phase"] == "unet" else None, show_samples)
     model.save(out / "model.safetensors", torch.float16)

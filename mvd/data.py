@@ -75,10 +75,11 @@ def token_table(text, captions, suffix=""):
 
 
 @torch.no_grad()
-def moments(vae, rgba, copies, autocast, batch=512):
+def moments(vae, rgba, copies, autocast, pixels=2 ** 23):
     """Encode pictures once, before the UNet is trained: uint8 [N, views, 4, H, W] -> [copies, N, views, 2c, h, w] in half
-    precision, the mean and standard deviation of the posterior. Each copy of an object has a random grey behind it."""
-    out = []
+    precision, the mean and standard deviation of the posterior. Each copy of an object has a random grey behind it. pixels: how
+    many are encoded at a time."""
+    out, batch = [], max(1, pixels // rgba.shape[-1] ** 2)                       # 512 pictures of 128², 128 of 256²
     for _ in range(copies):
         grey = torch.rand(len(rgba), 1, device=rgba.device).expand(rgba.shape[:2]).flatten()                  # one grey an object
         flat = rgba.flatten(0, 1)

@@ -13,6 +13,11 @@ ceiling, what real renders score (other proportions, field of view and framing).
 
     python -m mvd.metrics --samples 8              # 8 captions of each split, sampled by the tiny model and judged
     python -m mvd.metrics runs/*                   # distilled objects
+    python -m mvd.metrics runs/* --clip            # with any prompts, judged by CLIP
+
+What is not of the world, or too fine for its renders, is judged by CLIP, as in the papers (DreamFusion §4): the score is the mean
+cosine of a view and its prompt, times 100; R-precision is the share of views that are nearer to their own prompt than to the
+others that are judged with it. CLIP is downloaded once.
 """
 import itertools
 import json
@@ -25,12 +30,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from . import cli, sdf, toyworld
+from . import checkpoint, cli, sdf, toyworld
 from .cameras import orbit
 from .device import choose_device, choose_dtype
 from .errors import UserError
 from .files import read_safetensors
 from .model import MVDream
+from .text import tokenizer
 from .toyworld import ACCESSORIES, COLOURS, ORIENTED, SUBJECTS, Thing
 
 SIZE = 32                                        # pixels, at which everything is compared: a wrong accessory costs 3 times the
@@ -40,6 +46,7 @@ INSTANCES = range(8)                             # seeds of the candidates' prop
 REAL = range(1000, 1_000_000)                    # and real renders draw theirs from here
 CAPTIONS = 64
 SPLITS = ("3d", "image", "never")
+CLIP = "ViT-B-32", "laion/CLIP-ViT-B-32-laion2B-s34B-b79K", "open_clip_model.safetensors"       # its shape, and where it is
 
 
 class Cameras(NamedTuple):
@@ -258,6 +265,38 @@ def variety(views):
     return torch.pdist(pictures).mean().item() / math.sqrt(pictures.shape[1])
 
 
+# ---- CLIP ------------------------------------------------------------------------------------------------------------------
+
+def load_clip(device):
+    """open_clip's model, from the hub's cache or the hub. Raises UserError if it is in neither."""
+    import open_clip                                                             # takes seconds
+    shape, *place = CLIP
+    return open_clip.create_model(shape, str(checkpoint.download(place[0], place[1:])), device=device).eval()
+
+
+@torch.no_grad()
+def clip_similarity(clip, views, prompts):
+    """Cosines of CLIP's vectors: views [V, 3, H, W] in [0, 1], M prompts -> [V, M] on the CPU."""
+    from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+    device = clip.logit_scale.device
+    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
+    pictures = F.interpolate(views.to(device).float(), clip.visual.image_size, mode="bicubic", antialias=True).clamp(0, 1)
+    images = clip.encode_image((pictures - mean) / std, normalize=True)                                 # [V, D]
+    texts = clip.encode_text(tokenizer()(prompts, context_length=clip.context_length).to(device), normalize=True)      # [M, D]
+    return (images @ texts.T).float().cpu()
+
+
+def judge_by_clip(sets, clip):
+    """sets: list of (kind, prompt, views [V, 3, H, W]). -> a report a kind: n, clip_score, r_precision (None for one prompt)."""
+    prompts, rows = sorted({prompt for _, prompt, _ in sets}), {}
+    for kind, prompt, views in tqdm(sets, desc="CLIP", unit="set", disable=None):
+        similarity, own = clip_similarity(clip, views, prompts), prompts.index(prompt)
+        rows.setdefault(kind, []).append((similarity[:, own].mean().item(), (similarity.argmax(1) == own).float().mean().item()))
+    means = {kind: torch.tensor(pairs).mean(0).tolist() for kind, pairs in rows.items()}
+    return [{"kind": kind, "n": len(rows[kind]), "prompts": len(prompts), "clip_score": 100 * cosine,
+             "r_precision": right if len(prompts) > 1 else None} for kind, (cosine, right) in means.items()]
+
+
 # ---- command line ----------------------------------------------------------------------------------------------------------
 
 def sample_all(model, prompts, seed, batch=16):
@@ -267,13 +306,12 @@ def sample_all(model, prompts, seed, batch=16):
 
 
 def read_run(folder):
-    """A folder of distill.py -> (Thing, mode, Cameras, views [V, 3, H, W]). Raises UserError if it is none, or not finished."""
+    """A folder of distill.py -> (prompt, mode, Cameras, views [V, 3, H, W]). Raises UserError if it is none, or not finished."""
     try:
         config = json.loads((Path(folder) / "config.json").read_bytes())
-        thing, mode = read_prompt(config["prompt"]), config.get("mode", "3d")
         tensors, _ = read_safetensors(Path(folder) / "views.safetensors")
         cameras = Cameras(tensors["elevation"].item(), tuple(tensors["azimuth"].tolist()), tensors["fov"].item())
-        return thing, mode, cameras, tensors["rgb"]
+        return config["prompt"], config.get("mode", "3d"), cameras, tensors["rgb"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is no finished run of distill.py ({error}): name only folders that hold views.safetensors")
 
@@ -298,8 +336,12 @@ def report(label, rows, real, **more):
 def judge_samples(flags, device):
     """--samples: one report a split."""
     things = [thing for split in SPLITS for thing in draw_things(split, flags.samples, flags.seed)]
+    prompts = [toyworld.captions(thing)[0] for thing in things]
+    clip = load_clip(device) if flags.clip else None
     model = MVDream.load(flags.model, device, choose_dtype("auto", device))
-    views = sample_all(model, [toyworld.captions(thing)[0] for thing in things], flags.seed)
+    views = sample_all(model, prompts, flags.seed)
+    if clip:
+        return judge_by_clip([(SPLITS[i // flags.samples], prompt, views[i]) for i, prompt in enumerate(prompts)], clip)
     rows, real = judge_with_ceiling(views, things, SAMPLED, flags.seed)
     reports = []
     for i, split in enumerate(SPLITS):
@@ -316,10 +358,12 @@ def judge_samples(flags, device):
 
 def judge_runs(flags, device):
     """Folders: one report a mode and split. Runs from the same cameras are judged together."""
+    found = {folder: read_run(folder) for folder in flags.runs}
+    if flags.clip:
+        return judge_by_clip([(mode, prompt, views) for prompt, mode, _, views in found.values()], load_clip(device))
     groups, reports = {}, {}
-    for folder in flags.runs:
-        thing, mode, cameras, views = read_run(folder)
-        groups.setdefault((cameras, views.shape), []).append((folder, mode, thing, views))
+    for folder, (prompt, mode, cameras, views) in found.items():
+        groups.setdefault((cameras, views.shape), []).append((folder, mode, read_prompt(prompt), views))
     for (cameras, _), runs in groups.items():
         folders, modes, things, views = zip(*runs)
         both = judge_with_ceiling(torch.stack(views).to(device), things, cameras, flags.seed)
@@ -337,7 +381,8 @@ def main():
     parser.add_argument("runs", nargs="*", help="folders that distill.py wrote")
     parser.add_argument("--samples", type=int, help="sample and judge so many captions of each split")
     parser.add_argument("--variety", type=int, default=0, help="with --samples: measure the variety of so many captions a split")
-    parser.add_argument("--model", default="tiny", help="with --samples: tiny, or a .safetensors file")
+    parser.add_argument("--model", default="tiny", help="with --samples: tiny, mvdream-sd21, sd21, or the path of a checkpoint")
+    parser.add_argument("--clip", action="store_true", help="let CLIP judge, by any prompts, instead of the world's renders")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu; auto takes the best")
     parser.add_argument("--seed", type=int, default=0, help="of captions, noise and real renders")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")

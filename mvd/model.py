@@ -1,14 +1,17 @@
 """MVDream: UNet, VAE, text tower and noise schedule as one object that loads, samples and saves."""
+import json
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from . import cameras, diffusion, weights
+from . import cameras, checkpoint, diffusion, weights
 from .errors import UserError
+from .files import write_atomic, write_safetensors
 from .text import TextConfig, TextTower
-from .unet import MultiViewUNet, UNetConfig
+from .unet import MultiViewUNet, UNetConfig, camera_mlp
 from .vae import VAE, VAEConfig
 
 TINY = Path(__file__).with_name("tiny.safetensors")                              # the model that the repository ships
@@ -64,8 +67,9 @@ class MVDream(nn.Module):
         return self.unet.conv_out.weight.device
 
     @property
-    def latent_size(self):
-        return self.config.size // 2 ** (len(self.config.vae.channel_mult) - 1)
+    def size_multiple(self):
+        """The width of a picture in pixels must be a multiple of this: so often do VAE and UNet halve it."""
+        return 2 ** (len(self.config.vae.channel_mult) - 1 + len(self.config.unet.channel_mult) - 1)
 
     @staticmethod
     def random(preset):
@@ -74,21 +78,33 @@ class MVDream(nn.Module):
 
     @staticmethod
     def load(name, device="cpu", dtype=torch.float32):
-        """Load "tiny" (shipped, no network) or a file that `save` or train.py wrote, ready for inference.
+        """Load a model for inference: "tiny" (shipped), "mvdream-sd21" or "sd21" (downloaded once), the path of a .safetensors, .pt
+        or .ckpt file, or a diffusers folder.
 
-        Raises UserError if there is no such model, or the file is damaged, or not a model of ours.
+        The configuration is in the header of a file that `save` wrote, else it follows from the tensors (`weights.sizes`). Tensors
+        go to the device and the dtype one by one. On a CPU, in the file's own dtype, they stay mapped: the file is their memory.
+        Raises UserError if there is no such model, or a file is damaged or of another kind, or lacks a tensor.
         """
-        path = TINY if name == "tiny" else Path(name)
+        path = TINY if name == "tiny" else checkpoint.find(name)
         if name == "tiny" and not path.is_file():
             raise UserError("this copy of mvd has no trained weights (mvd/tiny.safetensors): make some with train.py and name their "
                             "file")
-        if not path.is_file():
-            raise UserError(f"there is no model {str(name)!r}: give \"tiny\" or the path of a .safetensors file of mvd")
-        parts, header = weights.read_model(path)
+        tensors, header = checkpoint.read(path)
         try:
-            config = ModelConfig.from_dict(header)
+            parts = weights.convert(tensors)
+            sizes = weights.sizes(parts) if header is None else ()
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        try:
+            config = ModelConfig.from_dict(header) if header else ModelConfig(*sizes)
         except (TypeError, KeyError) as error:
             raise UserError(f"{path}: its header is of another version of mvd ({error})") from error
+        if not any(key.startswith("camera_mlp.") for key in parts["unet"]):
+            warnings.warn(f"{path} knows no cameras (it is plain Stable Diffusion): its 2D mode draws, its 3D mode must be trained "
+                          "first (train.py --init)", stacklevel=2)
+            mlp = camera_mlp(config.unet)
+            parts["unet"].update({f"camera_mlp.{key}": tensor for key, tensor in mlp.state_dict().items()})
+            config.size = 512                                                    # what Stable Diffusion 2.1 base was trained at
         with torch.device("meta"):
             model = MVDream(config)
         for part, tensors in parts.items():
@@ -96,17 +112,38 @@ class MVDream(nn.Module):
             for key, wanted in module.state_dict().items():
                 if key not in tensors or tensors[key].shape != wanted.shape:
                     found = f"has shape {list(tensors[key].shape)}" if key in tensors else "is missing"
-                    raise UserError(f"{path}: the tensor {part}.{key} {found}, wanted {list(wanted.shape)}")
+                    raise UserError(f"{path}: the tensor {part}.{key} {found}, wanted {list(wanted.shape)} (its name in MVDream's "
+                                    f"file: {weights.released_name(part, key, parts)})")
+                tensors[key] = tensors[key].to(device).to(dtype)                 # in this order a GPU does the rounding
             if extra := sorted(tensors.keys() - module.state_dict().keys()):
                 raise UserError(f"{path}: the tensor {part}.{extra[0]} belongs to no part of the model")
             module.load_state_dict(tensors, assign=True)
-        return model.to(device, dtype).requires_grad_(False).eval()
+        return model.requires_grad_(False).eval()
 
-    def save(self, path, dtype=None):
-        """Write our format (`weights.write_model`), in `dtype` if one is given."""
-        parts = {part: {k: v.to(dtype or v.dtype) for k, v in getattr(self, part).state_dict().items()}
+    def save(self, path, dtype=None, layout="mvd"):
+        """Write one file, in `dtype` if one is given. layout "mvd": ours, safetensors with the configuration in its header.
+
+        layout "mvdream": the names of the released file, for other tools; what the model lacks is said and left out. A name
+        that ends in .pt or .ckpt makes it a PyTorch file, else it is safetensors with our header. Raises UserError.
+        """
+        parts = {part: {k: v.detach().to(dtype or v.dtype) for k, v in getattr(self, part).state_dict().items()}
                  for part in ("unet", "vae", "text")}
-        weights.write_model(path, parts, asdict(self.config))
+        pickled = Path(path).suffix in (".pt", ".ckpt")
+        if pickled and (layout == "mvd" or self.config.text.words):
+            raise UserError(f"cannot write {path}: a {Path(path).suffix} file has no room for "
+                            f"{'the configuration' if layout == 'mvd' else 'the words that the model knows'}; choose .safetensors")
+        if layout == "mvd":
+            tensors = {f"{part}.{key}": tensor for part, tensors in parts.items() for key, tensor in tensors.items()}
+        else:
+            tensors = weights.to_released(parts)
+            if self.config.text.output_dim is None:
+                warnings.warn(f"{path}: the model was loaded without the text tower's text_projection, logit_scale and the layers "
+                              "that Stable Diffusion does not run, so they are left out; a tool that insists on them will complain",
+                              stacklevel=2)
+        if pickled:
+            write_atomic(path, lambda file: torch.save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, file))
+        else:
+            write_safetensors(path, tensors, {"mvd": json.dumps(asdict(self.config))})
 
     def embed(self, prompts):
         """B prompts -> context [B, L, D]."""
@@ -125,13 +162,13 @@ class MVDream(nn.Module):
 
     @torch.no_grad()
     def sample(self, prompt, negative=None, views=4, steps=50, guidance=None, rescale=0.0, elevation=15.0, azimuth=0.0,
-               span=360.0, seed=0, sampler="ddim", eta=0.0, mode="3d", progress=iter):
+               span=360.0, seed=0, sampler="ddim", eta=0.0, mode="3d", size=None, progress=iter):
         """Draw pictures: [B, V, 3, H, W] in [0, 1] for one prompt or a list of B.
 
         In 3D mode the views stand at azimuths azimuth + k·span/views, all at one elevation (degrees), and the model's suffix is
-        added; in 2D mode ("2d") they are independent pictures. `negative`, `guidance`: None means the model's defaults.
-        `rescale` in [0, 1]: guidance rescale (Lin et al. 2023). `sampler`: "ddim" with `eta`, or "ddpm". Raises UserError for an
-        empty prompt or a number of steps outside 1..1000.
+        added; in 2D mode ("2d") they are independent pictures. `negative`, `guidance`, `size` (pixels): None means the model's
+        defaults. `rescale` in [0, 1]: guidance rescale (Lin et al. 2023). `sampler`: "ddim" with `eta`, or "ddpm". Raises
+        UserError for an empty prompt, a number of steps outside 1..1000, or a size that the networks cannot halve so often.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not all(p.strip() for p in prompts):
@@ -139,6 +176,9 @@ class MVDream(nn.Module):
         config, device = self.config, self.device
         guidance = config.guidance if guidance is None else guidance
         negative = config.negative if negative is None else negative
+        size, factor = size or config.size, 2 ** (len(config.vae.channel_mult) - 1)
+        if size % self.size_multiple:
+            raise UserError(f"the size is {size} pixels, but must be a multiple of {self.size_multiple}")
         camera = None
         if mode == "3d":
             prompts = [p + config.suffix for p in prompts]
@@ -153,6 +193,6 @@ class MVDream(nn.Module):
             return diffusion.rescale(guided, conditional, rescale) if rescale else guided
 
         generator = torch.Generator().manual_seed(seed)                          # on the CPU: the same picture on every device
-        shape = (len(prompts), views, config.unet.in_channels, self.latent_size, self.latent_size)
+        shape = (len(prompts), views, config.unet.in_channels, size // factor, size // factor)
         latents = diffusion.sample(eps, shape, steps, sampler, eta, generator, device, progress)
         return (self.decode(latents).float() / 2 + 0.5).clamp(0, 1)

@@ -3,6 +3,7 @@
 SD 2 takes the last-but-one layer of ViT-H/14's tower, then `ln_final`: every token's vector is kept, [B, 77, 1024]. Padding is
 token 0. A tower may know only some words: its embedding table is then cut to the byte-pair tokens that spell them.
 """
+import math
 import re
 import warnings
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ class TextConfig:
     heads: int = 16
     layers: int = 24
     unused_layers: int = 1                       # how many of the last layers are held but not run
-    output_dim: int | None = 1024                # columns of text_projection, which is held but not used; None: no such matrix
+    output_dim: int | None = 1024                # columns of text_projection, held with CLIP's logit_scale but not used; None: neither
     context_length: int = 77
     words: tuple = ()                            # the words that the table is cut to; empty: the whole vocabulary of CLIP
 
@@ -57,6 +58,8 @@ class TextTower(nn.Module):
         self.tower = TextTransformer(config.context_length, len(self.row_of), config.width, config.heads, config.layers,
                                      output_dim=config.output_dim)
         self.tower.attn_mask = None                                              # made in forward: a buffer would have no weights
+        if config.output_dim is not None:
+            self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def known_part(self, prompt):
         """The prompt without the words that the tower does not know, which a warning names.

@@ -48,6 +48,13 @@ def zeroed(layer):
     return layer
 
 
+def camera_mlp(config):
+    """The network of the camera's numbers. It starts silent, so that Stable Diffusion is at first what it was (MVDream §3.1)."""
+    mlp = embedding_mlp(config.camera_dim, 4 * config.model_channels)
+    zeroed(mlp[-1])
+    return mlp
+
+
 class ResBlock(nn.Module):
     """Two convolutions with the time (and camera) embedding added between them."""
 

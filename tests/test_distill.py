@@ -293,7 +293,7 @@ def damage(path):
     (["--mode", "4d"], "a red bulldog", "--mode"),
     (["--model", "tinny"], "a red bulldog", "no model 'tinny'"),
     (["--model", "damaged"], "a red bulldog", "damaged"),
-    (["--model", "other"], "a red bulldog", "not one of an mvd model"),
+    (["--model", "other"], "a red bulldog", "no tensor of an MVDream"),
     (["--device", "cuda"], "a red bulldog", "no device 'cuda'"),
     (["--device", "gpu"], "a red bulldog", "no device 'gpu'"),
     (["--out", "file/run"], "a red bulldog", "cannot make the folder file/run"),

@@ -80,8 +80,12 @@ def test_sample_of_several_prompts_and_modes(model):
     flat = model.sample("a red bulldog", steps=1, views=2, mode="2d")
     assert not torch.equal(flat, model.sample("a red bulldog", steps=1, views=2))
     assert not torch.equal(flat, model.sample("a red bulldog", steps=1, views=2, mode="2d", negative="red", guidance=5.0))
+    larger = model.sample("a red bulldog", steps=1, views=2, size=96)
+    assert larger.shape == (1, 2, 3, 96, 96)
     with pytest.raises(UserError, match="empty"):
         model.sample(" ")
+    with pytest.raises(UserError, match="size is 72 pixels, but must be a multiple of 16"):
+        model.sample("a red bulldog", size=72)
 
 
 def test_bad_files_end_in_one_line(model, tmp_path):
@@ -94,10 +98,10 @@ def test_bad_files_end_in_one_line(model, tmp_path):
     with pytest.raises(UserError, match="damaged"):
         MVDream.load(path)
     path.write_bytes(b"<html>not found</html>")
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match="web page"):
         MVDream.load(path)
     write_safetensors(path, {"weight": torch.zeros(2)})
-    with pytest.raises(UserError, match="not one of an mvd model"):
+    with pytest.raises(UserError, match="'weight' is no tensor of an MVDream or Stable Diffusion 2 model"):
         MVDream.load(path)
     path.write_bytes(whole)
     tensors, metadata = read_safetensors(path)

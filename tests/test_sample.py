@@ -4,9 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 
+import layouts
 import sample
 from mvd import MVDream, cli, run
 from mvd.files import write_safetensors
@@ -66,6 +68,31 @@ def test_views_stand_in_rows_of_eight(start, views, width, height):
     assert load_png("x.png").shape == (3, 66 * height - 2, 66 * width - 2)
 
 
+def test_a_batch_is_drawn_row_by_row(start, model_file):
+    assert start("--batch", "2", "--views", "9", "--size", "32", "--out", "x.png") == 0
+    drawn = MVDream.load(model_file).sample(["a red bulldog"] * 2, steps=2, views=9, size=32)    # [2, 9, 3, 32, 32]
+    picture = load_png("x.png")
+    assert picture.shape == (3, 34 * 4 - 2, 34 * 8 - 2)
+    for sample, top in ((0, 0), (1, 68)):
+        for i in range(9):
+            y, x = top + i // 8 * 34, i % 8 * 34
+            torch.testing.assert_close(picture[:, y:y + 32, x:x + 32], drawn[sample, i], rtol=0, atol=0.51 / 255)
+
+
+def test_the_released_model_by_its_name(monkeypatch, tmp_path):
+    """The whole way of `sample.py --model mvdream-sd21`, with a small file of its layout in place of the download."""
+    torch.save(layouts.released_tensors(), tmp_path / "sd-v2.1-base-4view.pt")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repository, file: str(tmp_path / file))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["sample.py", "an astronaut", "--model", "mvdream-sd21", "--device", "cpu", "--steps", "1", "--size",
+                                      "64"])
+    sample.main()
+    model = MVDream.load("mvdream-sd21")
+    assert (model.config.suffix, model.config.guidance, model.config.negative, model.config.size) == (", 3d asset", 10.0, "", 256)
+    drawn = model.sample("an astronaut", "", 4, 1, 10.0, elevation=15.0, azimuth=0.0, size=64)[0]
+    torch.testing.assert_close(load_png("samples/an-astronaut.png"), grid(drawn, 4), rtol=0, atol=0.51 / 255)
+
+
 @pytest.mark.parametrize("flags, prompt, words", [
     ([], " ", "prompt is empty"),
     ([], "zebra", "knows nothing in 'zebra'; it knows: 3d a asset bulldog red"),              # although the suffix is known
@@ -76,7 +103,9 @@ def test_views_stand_in_rows_of_eight(start, views, width, height):
     (["--steps", "1001"], "a bulldog", "--steps"),
     (["--model", "tinny"], "a bulldog", "no model 'tinny'"),
     (["--model", "damaged"], "a bulldog", "damaged"),
-    (["--model", "other"], "a bulldog", "not one of an mvd model"),
+    (["--model", "other"], "a bulldog", "no tensor of an MVDream"),
+    (["--size", "72"], "a bulldog", "must be a multiple of 16"),
+    (["--batch", "0"], "a bulldog", "--batch"),
     (["--device", "cuda"], "a bulldog", "no device 'cuda'"),
     (["--out", "damaged/x.png"], "a bulldog", "cannot make the folder damaged"),
     (["--out", "folder"], "a bulldog", "folder"),

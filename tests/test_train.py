@@ -1,12 +1,15 @@
 """train.py: its losses against their formulas, and a run that is killed and resumed against one that is not."""
+import json
 import math
 
 import pytest
 import torch
 
+import layouts
 import toy_data
 import train
 from mvd import MVDream, diffusion, run
+from mvd.errors import UserError
 from mvd.model import PRESETS
 from test_model import small_config
 
@@ -55,6 +58,46 @@ def test_the_result_is_a_model_that_knows_its_words(start, tmp_path):
     assert {"red", "blue", "ball", "3d", "asset", "sks"} <= set(model.config.text.words)
     z = model.encode(torch.rand(8, 1, 3, 64, 64) * 2 - 1)
     assert torch.isfinite(z).all() and model.config.vae.scale_factor != 1.0
+
+
+def test_from_stable_diffusion_only_the_unet_learns(start, tmp_path, monkeypatch):
+    """At step 0 it is Stable Diffusion (tests/test_checkpoint.py); afterwards the VAE and the text tower still are."""
+    released = {name: t for name, t in layouts.released_tensors().items() if "camera_embed" not in name}
+    torch.save(released, tmp_path / "sd.ckpt")
+    with pytest.warns(UserWarning, match="knows no cameras"):
+        before = MVDream.load(tmp_path / "sd.ckpt")
+        whole = start("run", "--init", str(tmp_path / "sd.ckpt"))
+    model = MVDream.load(tmp_path / "run" / "model.safetensors")
+    assert model.config.size == 64 and model.config.vae.scale_factor == 0.18215 and not model.config.text.words
+    for part in ("vae", "text"):
+        old = getattr(before, part).state_dict()
+        assert all(torch.equal(t, old[name].half().float()) for name, t in getattr(model, part).state_dict().items())
+    moved = {name.split(".")[0] for name, t in model.unet.state_dict().items()
+             if not torch.equal(t, before.unet.state_dict()[name].half().float())}
+    assert moved >= {"camera_mlp", "encoder", "decoder"} and model.unet.camera_mlp[2].weight.abs().max() > 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["vae_steps"], config["lr"], config["batch"]) == (0, 1e-5, 1)
+    assert {row["phase"] for row in run.read_log(tmp_path / "run" / "log.jsonl")} == {"unet"}
+
+    log = run.log
+
+    def log_then_die(path, **row):
+        log(path, **row)
+        if row["step"] == 3:
+            raise Killed
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "log", log_then_die)
+        with pytest.warns(UserWarning, match="cameras"), pytest.raises(Killed):
+            start("killed", "--init", str(tmp_path / "sd.ckpt"))
+    with pytest.warns(UserWarning, match="cameras"):
+        assert start("killed", "--init", str(tmp_path / "sd.ckpt"), "--resume") == whole
+
+
+def test_pictures_that_the_networks_cannot_halve(start, tmp_path):
+    toy_data.write(tmp_path / "odd", size=40)
+    with pytest.raises(UserError, match="pictures of 40 pixels, but this model needs a multiple of 16"):
+        train.main(["--data", str(tmp_path / "odd"), "--out", str(tmp_path / "x"), "--device", "cpu"])
+    assert not (tmp_path / "x").exists()
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():
