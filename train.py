@@ -152,7 +152,7 @@ def fit(phase, model, module, losses, shares, first, steps, peak_lr, s, out, sta
                 show(first + done)
                 work_with(weights)
                 set_random_state(kept)
-            if done % s.save_every == 0 or interrupted.is_set():
+            if done % s.save_every == 0 or done == steps or interrupted.is_set():
                 checkpoint(done)
             if interrupted.is_set():
                 print(f"interrupted in phase {phase} after {done} of {steps} steps; go on with the same command and --resume")
@@ -182,12 +182,16 @@ def main(argv=None):
     torch.set_float32_matmul_precision("high")
     model = MVDream.load(s.init, device) if s.init else new_model(s.preset, d).to(device)
     config = model.config
-    if d.sets.shape[-1] % model.size_multiple:
-        raise UserError(f"{s.data} has pictures of {d.sets.shape[-1]} pixels, but this model needs a multiple of "
-                        f"{model.size_multiple}; make others")
-    if s.init:
-        model.unet.requires_grad_(True)                                          # loaded for inference
+    if s.init and d.sets.shape[-1] % model.size_multiple == 0:                   # it can draw any such size
         config.size = d.sets.shape[-1]
+    if d.sets.shape[-1] != config.size:
+        raise UserError(f"{s.data} has pictures of {d.sets.shape[-1]} pixels, but this model needs "
+                        f"{f'a multiple of {model.size_multiple}' if s.init else config.size}; make others")
+    model.unet.requires_grad_(True)                                              # what --init loads, it loads for inference
+    set_tokens = data.token_table(model.text, d.set_captions, config.suffix).to(device)
+    image_tokens = data.token_table(model.text, d.image_captions).to(device)
+    no_tokens = model.text.tokenize([""]).to(device)
+    set_cameras = d.set_cameras.to(device)
     out = run.open_run(s.out, asdict(s), s.resume, may_change=("sample_every", "save_every"))
     state = {"phase": None, "step": 0}
     if s.resume and (out / "checkpoint.safetensors").exists():                   # killed before the first: from the start
@@ -223,14 +227,14 @@ def main(argv=None):
     torch.manual_seed(s.seed + 1)
     model.vae.requires_grad_(False)
     autocast = torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
-    set_moments = data.moments(model.vae, sets, s.copies, autocast)              # [copies, N, 32, 2c, h, w]
-    image_moments = data.moments(model.vae, images[:, None], s.copies, autocast)   # [copies, M, 1, 2c, h, w]
+    try:
+        set_moments = data.moments(model.vae, sets, s.copies, autocast)          # [copies, N, 32, 2c, h, w]
+        image_moments = data.moments(model.vae, images[:, None], s.copies, autocast)   # [copies, M, 1, 2c, h, w]
+    except KeyboardInterrupt:
+        print("interrupted while the pictures were encoded; go on with the same command and --resume")
+        raise
     if not s.init:
         config.vae.scale_factor = 1 / set_moments.chunk(2, dim=3)[0].float().std().item()    # the UNet sees a standard deviation of 1
-    set_tokens = data.token_table(model.text, d.set_captions, config.suffix).to(device)
-    image_tokens = data.token_table(model.text, d.image_captions).to(device)
-    no_tokens = model.text.tokenize([""]).to(device)
-    set_cameras = d.set_cameras.to(device)
     del sets, images                                                             # only latents are needed from here on
     d.sets = d.images = None
 

@@ -1,6 +1,6 @@
 """Training data: rendered multi-view sets and captioned single images, mixed 70/30 (MVDream §3.2).
 
-A data folder holds `index.jsonl`, one line a picture file:
+A data folder holds `index.jsonl`, one line a picture file, with as many captions as one likes (other fields are not read):
   {"file": "sets/000000.png", "kind": "set", "captions": [...], "elevation": deg, "azimuth": deg of the first view, "fov", "distance"}
   {"file": "images/000000.png", "kind": "image", "captions": [...], ...}
 A set is one RGBA picture of N square views side by side, evenly round 360 degrees; an image is one square view.
@@ -8,6 +8,7 @@ A set is one RGBA picture of N square views side by side, evenly round 360 degre
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +30,28 @@ class Data:
     image_captions: list
 
 
+NEEDED = {"set": {"file": str, "captions": list, "elevation": (int, float), "azimuth": (int, float)},
+          "image": {"file": str, "captions": list}}                              # fields of a line, by kind
+
+
+def read_line(text, place):
+    """One line of the index as a dict. Raises UserError, naming the place, for what training cannot use."""
+    try:
+        item = json.loads(text)
+        wrong = [name for name, kind in NEEDED[item["kind"]].items() if not isinstance(item.get(name), kind)]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{place}: not a JSON object whose kind is set or image ({error!r})") from error
+    if wrong or not item["captions"] or not all(isinstance(caption, str) and caption.strip() for caption in item["captions"]):
+        raise UserError(f"{place}: the field {(wrong or ['captions'])[0]!r} is missing, empty or of a wrong type")
+    return item
+
+
 def load(folder):
-    """Read a data folder. Raises UserError if there is none or its pictures differ in size."""
+    """Read a data folder. Raises UserError if there is none, a line of its index is wrong, or its pictures differ in size."""
     index = Path(folder) / "index.jsonl"
     if not index.is_file():
         raise UserError(f"{index} is not there: make one with `python -m mvd.toyworld --out {folder}`")
-    items = [json.loads(line) for line in index.read_text().splitlines()]
+    items = [read_line(line, f"{index}, line {i}") for i, line in enumerate(index.read_text().splitlines(), 1)]
 
     def read(item):
         try:
@@ -49,8 +66,8 @@ def load(folder):
         pictures = list(tqdm(pool.map(read, items), total=len(items), desc="reading", unit="file"))
     of_kind = {kind: [i for i, item in enumerate(items) if item["kind"] == kind] for kind in ("set", "image")}
     for kind, indices in of_kind.items():
-        if not indices or len({pictures[i].shape for i in indices}) != 1:
-            raise UserError(f"{folder}: training needs files of kind {kind!r}, all of one size")
+        if not indices or len({pictures[i].shape for i in indices}) != 1 or pictures[indices[0]].shape[-1] != pictures[0].shape[-1]:
+            raise UserError(f"{folder}: training needs files of kind {kind!r}, all views of one size")
     views = pictures[of_kind["set"][0]].shape[0]
     if views % 4:
         raise UserError(f"{folder}: a set has {views} views, but four of them, 90 degrees apart, are to be a batch's")
@@ -70,8 +87,9 @@ def on_grey(rgba, grey):
 
 
 def token_table(text, captions, suffix=""):
-    """Every wording of every item as rows of the embedding table: int64 [N, wordings, L]."""
-    return torch.stack([text.tokenize([caption + suffix for caption in wordings]) for wordings in captions])
+    """Every wording of every item as rows of the embedding table: int64 [N, wordings, L]; who has fewer wordings repeats them."""
+    most = max(map(len, captions))
+    return torch.stack([text.tokenize([wording + suffix for wording in islice(cycle(wordings), most)]) for wordings in captions])
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ import itertools
 import json
 import math
 import random
+import sys
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -357,8 +358,14 @@ def judge_samples(flags, device):
 
 
 def judge_runs(flags, device):
-    """Folders: one report a mode and split. Runs from the same cameras are judged together."""
-    found = {folder: read_run(folder) for folder in flags.runs}
+    """Folders: one report a mode and split. Runs from the same cameras are judged together; what is no run of distill.py (a training,
+    say) is named and left out."""
+    others = [folder for folder in flags.runs if not (Path(folder) / "views.safetensors").exists()]
+    if len(others) == len(flags.runs):
+        raise UserError(f"{others[0]} is no finished run of distill.py: name folders that hold views.safetensors")
+    for folder in others:
+        print(f"left out, no finished run of distill.py: {folder}", file=sys.stderr)
+    found = {folder: read_run(folder) for folder in flags.runs if folder not in others}
     if flags.clip:
         return judge_by_clip([(mode, prompt, views) for prompt, mode, _, views in found.values()], load_clip(device))
     groups, reports = {}, {}

@@ -181,7 +181,7 @@ class MVDream(nn.Module):
             raise UserError(f"the size is {size} pixels, but must be a multiple of {self.size_multiple}")
         camera = None
         if mode == "3d":
-            prompts = [p + config.suffix for p in prompts]
+            prompts = [self.text.known_part(p) + config.suffix for p in prompts]  # before the suffix, of which it knows all
             azimuths = azimuth + torch.arange(views) * span / views
             camera = cameras.camera_numbers(cameras.orbit(elevation, azimuths)).to(device)                    # [V, 16]
             camera = camera.expand(2 * len(prompts), -1, -1)     # the unconditional half keeps it (MVDream, appendix)

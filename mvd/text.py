@@ -15,7 +15,8 @@ from torch import nn
 from .errors import UserError
 
 IDENTIFIERS = ("sks", "phol", "ucd", "mwf")       # rare tokens, reserved for subjects that DreamBooth will teach
-FILLERS = {",", *"a an and at by for from has in is its of on or that the to under with".split()}    # these alone name no thing
+FILLERS = {",", *"a an and at by for from has in is its of on or that the to under with photo picture image 3d asset wearing "
+           "carrying riding sitting standing".split()}                           # these alone name no thing
 
 
 @dataclass

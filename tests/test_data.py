@@ -32,6 +32,34 @@ def test_missing_folder_says_how_to_make_one(tmp_path):
         data.load(tmp_path)
 
 
+@pytest.mark.parametrize("line, words", [
+    ("{", "line 3: not a JSON object"), ("[]", "line 3: not a JSON object"), ('{"kind": "film"}', "line 3: not a JSON object"),
+    ('{"kind": "set", "file": "a.png", "captions": ["a"], "elevation": 1}', "line 3: the field 'azimuth' is missing"),
+    ('{"kind": "image", "file": "a.png", "captions": "a ball"}', "line 3: the field 'captions' is missing, empty or of a wrong type"),
+    ('{"kind": "image", "file": "a.png", "captions": [" "]}', "'captions'"),
+])
+def test_a_wrong_line_of_the_index_is_named(folder, tmp_path, line, words):
+    lines = (folder / "index.jsonl").read_text().splitlines()[:2]
+    (tmp_path / "index.jsonl").write_text("\n".join([*lines, line]))
+    with pytest.raises(UserError, match=words):
+        data.load(tmp_path)
+
+
+def test_all_views_have_one_size(tmp_path):
+    toy_data.write(tmp_path, size=16)
+    for file in (tmp_path / "images").iterdir():
+        toy_data.view("red", 0, 32).save(file)
+    with pytest.raises(UserError, match="one size"):
+        data.load(tmp_path)
+
+
+def test_fewer_wordings_are_repeated():
+    text = TextTower(TextConfig(width=32, heads=2, layers=1, unused_layers=0, output_dim=None, context_length=8,
+                                words=("red", "ball", "blue")))
+    table = data.token_table(text, [["red ball", "ball, red", "red"], ["blue ball"]])
+    assert table.shape == (2, 3, 8) and torch.equal(table[1], text.tokenize(["blue ball"]).expand(3, -1))
+
+
 def test_on_grey_is_alpha_compositing():
     rgba = torch.zeros(2, 4, 1, 1, dtype=torch.uint8)
     rgba[:, 0], rgba[:, 3] = 255, 51                                             # red, one fifth opaque

@@ -340,6 +340,10 @@ def test_a_run_that_is_no_toy(monkeypatch, capsys, tmp_path):
     (tmp_path / "a" / "config.json").write_text('{"prompt": "a corgi astronaut"}')
     with pytest.raises(UserError, match="no caption of the toy world"):
         run_main(monkeypatch, capsys, str(tmp_path / "a"))
+    (tmp_path / "training").mkdir()                                              # left out, as `runs/*` may name it
+    with pytest.raises(UserError, match="no caption of the toy world"):
+        run_main(monkeypatch, capsys, str(tmp_path / "training"), str(tmp_path / "a"))
+    assert "left out" in capsys.readouterr().err
     (tmp_path / "a" / "views.safetensors").unlink()
     (tmp_path / "a" / "config.json").write_text("{")
     with pytest.raises(UserError, match="no finished run"):

@@ -1,6 +1,7 @@
 """train.py: its losses against their formulas, and a run that is killed and resumed against one that is not."""
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,11 +94,50 @@ def test_from_stable_diffusion_only_the_unet_learns(start, tmp_path, monkeypatch
         assert start("killed", "--init", str(tmp_path / "sd.ckpt"), "--resume") == whole
 
 
-def test_pictures_that_the_networks_cannot_halve(start, tmp_path):
+def test_pictures_of_another_size_than_the_model_draws(start, tmp_path):
     toy_data.write(tmp_path / "odd", size=40)
-    with pytest.raises(UserError, match="pictures of 40 pixels, but this model needs a multiple of 16"):
+    with pytest.raises(UserError, match="pictures of 40 pixels, but this model needs 64"):
         train.main(["--data", str(tmp_path / "odd"), "--out", str(tmp_path / "x"), "--device", "cpu"])
     assert not (tmp_path / "x").exists()
+
+
+def test_fit_is_adamw_with_an_average_of_the_weights(tmp_path, monkeypatch):
+    """Five steps of linear regression, written out in double precision (Loshchilov and Hutter 2019, algorithm 2)."""
+    torch.manual_seed(0)
+    layer, x, y = torch.nn.Linear(3, 1), torch.randn(8, 3), torch.randn(8, 1)
+    s = SimpleNamespace(seed=0, ema=0.5, sample_every=100, save_every=100)
+    w = torch.cat([p.detach().double().flatten() for p in layer.parameters()])
+    m, v, average = torch.zeros(4).double(), torch.zeros(4).double(), w.clone()
+    inputs = torch.cat([x, torch.ones(8, 1)], 1).double()
+    for step in range(5):
+        gradient = 2 * inputs.T @ (inputs @ w - y[:, 0].double()) / 8
+        gradient *= min(1.0, 1.0 / (gradient.norm().item() + 1e-6))
+        m, v = 0.9 * m + 0.1 * gradient, 0.99 * v + 0.01 * gradient ** 2
+        rate = train.learning_rate(step, 5, 0.1)
+        w = (1 - rate * 0.01) * w - rate * (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.99 ** (step + 1))).sqrt() + 1e-8)
+        average += max(0.5, 9 / (10 + step)) * (w - average)
+    shown = []
+    model = SimpleNamespace(device=torch.device("cpu"), vae=layer)
+    train.fit("vae", model, layer, {"loss": lambda: ((layer(x) - y) ** 2).mean()}, [1.0], 0, 5, 0.1, s, tmp_path, None, shown.append)
+    found = torch.cat([p.detach().flatten() for p in layer.parameters()])
+    torch.testing.assert_close(found.double(), average, atol=1e-5, rtol=1e-5)
+    assert shown == [5] and not torch.allclose(average, w)
+
+
+def test_the_autoencoder_is_kept_when_its_phase_ends(start, monkeypatch, tmp_path):
+    """Killed in the second phase before its first checkpoint: the first phase is not done again."""
+    log = run.log
+
+    def log_then_die(path, **row):
+        log(path, **row)
+        if row["phase"] == "unet":
+            raise Killed
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "log", log_then_die)
+        with pytest.raises(Killed):
+            start("killed", "--save-every", "3")
+    state, _ = run.load_checkpoint(tmp_path / "killed" / "checkpoint.safetensors")
+    assert (state["phase"], state["step"]) == ("vae", 4)
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():
