@@ -15,7 +15,7 @@ from torch import nn
 from .errors import UserError
 
 IDENTIFIERS = ("sks", "phol", "ucd", "mwf")       # rare tokens, reserved for subjects that DreamBooth will teach
-FILLERS = {",", *"a an and at by for from has in is its of on or that the to under with photo picture image 3d asset wearing "
+FILLERS = {",", *"a an and at by for from has in is its of on or that the to under with photo picture image wearing "
            "carrying riding sitting standing".split()}                           # these alone name no thing
 
 
