@@ -25,6 +25,7 @@ class ModelConfig:
     negative: str = ""                           # the negative prompt of sampling
     suffix: str = ", 3d asset"                   # what sampling in 3D mode adds to a prompt
     distill: dict = field(default_factory=dict)  # settings of `distill.py` that differ from the released ones
+    dreambooth: dict = field(default_factory=dict)   # and of `dreambooth.py` from the paper's
 
     @staticmethod
     def from_dict(values):
@@ -47,7 +48,8 @@ PRESETS = {
                      coarse_size=32, coarse_sets=1, fine_size=64, fine_sets=1, budget=49152, step_size=0.027,
                      random_background=1.0, grey_background=True,                # what it was trained on
                      levels=8, log2_entries=15, coarsest=8, finest=128, lr_grid=0.02, lr=0.005, occupancy_every=8,
-                     density_threshold=10.0)),
+                     density_threshold=10.0),
+        dreambooth=dict(steps=400, lr=2e-4, preservation=100.0)),
 }
 
 
@@ -74,11 +76,12 @@ class MVDream(nn.Module):
 
     @staticmethod
     def load(name, device="cpu", dtype=torch.float32):
-        """Load "tiny" (shipped, no network) or a file that `save` or train.py wrote, ready for inference.
+        """Load "tiny" (shipped, no network), a file that `save` wrote, or the folder of a run that did, ready for inference.
 
         Raises UserError if there is no such model, or the file is damaged, or not a model of ours.
         """
         path = TINY if name == "tiny" else Path(name)
+        path = path / "model.safetensors" if path.is_dir() else path
         if name == "tiny" and not path.is_file():
             raise UserError("this copy of mvd has no trained weights (mvd/tiny.safetensors): make some with train.py and name their "
                             "file")
