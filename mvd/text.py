@@ -14,7 +14,6 @@ from torch import nn
 from .errors import UserError
 
 IDENTIFIERS = ("sks", "phol", "ucd", "mwf")       # rare tokens, reserved for subjects that DreamBooth will teach
-
 COMMON = 40_000                                   # CLIP's tokens are sorted: the first were merged from the most frequent pairs
 
 
