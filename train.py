@@ -19,6 +19,7 @@ from tqdm import tqdm
 from mvd import cli, data, diffusion, run
 from mvd.device import GraphedStep, choose_device, random_state, set_random_state, side_stream
 from mvd.errors import UserError
+from mvd.masters import MasterAdamW
 from mvd.model import PRESETS, MVDream
 from mvd.pictures import grid, save_curve, save_png
 from mvd.text import IDENTIFIERS, words_of
@@ -69,72 +70,53 @@ def vae_loss(vae, images):
 
 
 def diffusion_loss(model, z, tokens, camera, no_tokens):
-    """‖ε − ε_θ(x_t; y, c, t)‖² (MVDream eq. 2). z [B, V, c, h, w] unscaled, tokens [B, L], camera [B, V, 16] or None."""
-    x0 = model.config.vae.scale_factor * z
-    t = torch.randint(diffusion.NUM_TIMESTEPS, (len(x0),), device=x0.device)
-    noise = torch.randn_like(x0)
-    drop = torch.rand(len(x0), 1, device=x0.device) < UNCONDITIONAL_SHARE
+    """MVDream eq. 2, with a tenth of the texts left out. z [B, V, c, h, w] unscaled, tokens [B, L], camera [B, V, 16] or None."""
+    drop = torch.rand(len(z), 1, device=z.device) < UNCONDITIONAL_SHARE
     context = model.text(torch.where(drop, no_tokens, tokens))
-    eps = model.unet(diffusion.q_sample(x0, t, noise), t, context, camera)
-    return torch.mean((eps.float() - noise) ** 2)
+    return diffusion.loss(model.unet, model.config.vae.scale_factor * z, context, camera)
 
 
 def fit(phase, model, module, losses, shares, first, steps, peak_lr, s, out, state, show):
     """AdamW on `module` with an average of its weights, which it holds at the end.
 
-    On a GPU the module works in bfloat16, on rounded copies of the float32 weights that the optimizer holds.
+    On a GPU the module works in bfloat16 (`masters.py`).
     losses: {name: function that draws a batch and returns its loss}; each step takes one of them with probability `shares`.
     first: the steps of earlier phases, for the log. state: a checkpoint of this phase to go on from, or None. show(step) draws
     pictures, with the averaged weights in place.
     """
     device = model.device
-    cuda = device.type == "cuda"
-    weights = [p.detach().clone() for p in module.parameters()]
-    average = [w.clone() for w in weights]
-    parameters = list(module.to(torch.bfloat16 if cuda else torch.float32).parameters())
-    lr, renewal = torch.tensor(peak_lr, device=device), torch.tensor(0.0, device=device)   # of this step; a graph reads them
-    optimizer = torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=cuda, capturable=cuda)
-    @torch.no_grad()
-    def work_with(tensors):
-        torch._foreach_copy_(parameters, tensors)
-
+    adam = MasterAdamW(module, peak_lr, betas=(0.9, 0.99), weight_decay=0.01)
+    average = [w.clone() for w in adam.weights]
+    renewal = torch.tensor(0.0, device=device)                                   # of the average; a graph reads it
     start, choice = 0, random.Random(s.seed)
     if state:
         start = state["step"]
-        groups = optimizer.state_dict()["param_groups"]                          # of this device, which may be another
-        optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
-        optimizer.param_groups[0]["lr"] = lr
-        for w, kept in optimizer.state.items():                                  # in the layout of the weights, as fused AdamW wants
-            kept.update({name: torch.empty_like(w).copy_(kept[name]) for name in ("exp_avg", "exp_avg_sq")})
-        for tensors, name in ((weights, "weights"), (average, "average")):
-            torch._foreach_copy_(tensors, [saved.to(device) for saved in state[name]])
-        work_with(weights)
+        adam.load_state_dict(state)
+        torch._foreach_copy_(average, [saved.to(device) for saved in state["average"]])
         set_random_state(state["random"])
         choice.choices(range(len(losses)), shares, k=start)                      # skip the draws of the steps that are done
 
     def train_step(loss_fn):
         loss = loss_fn()
-        for w, gradient in zip(weights, torch.autograd.grad(loss, parameters, allow_unused=True)):
-            w.grad = None if gradient is None else gradient.float()              # a 2D batch leaves the camera's weights alone
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        work_with(weights)
-        step_to_average = torch._foreach_sub(weights, average)
+        adam.backward(loss)                                                      # a 2D batch leaves the camera's weights alone
+        torch.nn.utils.clip_grad_norm_(adam.weights, 1.0)
+        adam.step()
+        step_to_average = torch._foreach_sub(adam.weights, average)
         torch._foreach_mul_(step_to_average, renewal)
         torch._foreach_add_(average, step_to_average)
         return loss.detach()
 
     def checkpoint(step):
         run.save_checkpoint(out / "checkpoint.safetensors", {
-            "phase": phase, "step": step, "weights": weights, "optimizer": optimizer.state_dict(), "average": average,
-            "vae": model.vae.state_dict(), "random": random_state()}, {})
+            "phase": phase, "step": step, **adam.state_dict(), "average": average, "vae": model.vae.state_dict(),
+            "random": random_state()}, {})
 
     steppers = [GraphedStep(lambda f=f: train_step(f), device) for f in losses.values()]
     sums, counts = torch.zeros(len(losses), device=device), [0] * len(losses)
     with cli.interrupt_flag() as interrupted, side_stream(device):
         bar = tqdm(range(start, steps), initial=start, total=steps, desc=phase)
         for step in bar:
-            lr.fill_(learning_rate(step, steps, peak_lr))
+            adam.lr.fill_(learning_rate(step, steps, peak_lr))
             renewal.fill_(max(1 - s.ema, 9 / (10 + step)))                       # at first the average forgets faster
             kind = choice.choices(range(len(losses)), shares)[0]
             sums[kind] += steppers[kind]()
@@ -142,15 +124,15 @@ def fit(phase, model, module, losses, shares, first, steps, peak_lr, s, out, sta
             done = step + 1
             if done % LOG_EVERY == 0 or done == steps:
                 means = {name: total / n for name, total, n in zip(losses, sums.tolist(), counts) if n}
-                run.log(out / "log.jsonl", phase=phase, step=first + done, lr=lr.item(), **means)
+                run.log(out / "log.jsonl", phase=phase, step=first + done, lr=adam.lr.item(), **means)
                 bar.set_postfix({name: f"{mean:.4f}" for name, mean in means.items()})
                 sums.zero_()
                 counts = [0] * len(losses)
             if done % s.sample_every == 0 or done == steps:
                 kept = random_state()
-                work_with(average)
+                adam.work_with(average)
                 show(first + done)
-                work_with(weights)
+                adam.work_with(adam.weights)
                 set_random_state(kept)
             if done % s.save_every == 0 or done == steps or interrupted.is_set():
                 checkpoint(done)
@@ -158,7 +140,7 @@ def fit(phase, model, module, losses, shares, first, steps, peak_lr, s, out, sta
                 print(f"interrupted in phase {phase} after {done} of {steps} steps; go on with the same command and --resume")
                 raise KeyboardInterrupt
         module.float()
-        work_with(average)
+        adam.work_with(average)
 
 
 def new_model(preset, d):

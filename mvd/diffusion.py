@@ -53,6 +53,17 @@ def predict_x0(x_t, t, eps):
     return (x_t.float() - (1 - abar).sqrt() * eps.float()) / abar.sqrt()
 
 
+def loss(unet, x0, context, camera=None):
+    """‖ε − ε_θ(x_t; y, c, t)‖², the mean over all numbers, at a random t for each set (MVDream eq. 2).
+
+    x0 [B, V, c, h, w] scaled latents, context [B, L, D], camera [B, V, 16] or None for the 2D mode.
+    """
+    t = torch.randint(NUM_TIMESTEPS, (len(x0),), device=x0.device)
+    noise = torch.randn_like(x0)
+    eps = unet(q_sample(x0, t, noise), t, context, camera)
+    return torch.mean((eps.float() - noise) ** 2)
+
+
 # ---- guidance --------------------------------------------------------------------------------------------------------------
 
 def guide(eps_cond, eps_uncond, scale):

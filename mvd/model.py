@@ -28,6 +28,7 @@ class ModelConfig:
     negative: str = ""                           # the negative prompt of sampling
     suffix: str = ", 3d asset"                   # what sampling in 3D mode adds to a prompt
     distill: dict = field(default_factory=dict)  # settings of `distill.py` that differ from the released ones
+    dreambooth: dict = field(default_factory=dict)   # and of `dreambooth.py` from the paper's
 
     @staticmethod
     def from_dict(values):
@@ -50,7 +51,8 @@ PRESETS = {
                      coarse_size=32, coarse_sets=1, fine_size=64, fine_sets=1, budget=49152, step_size=0.027,
                      random_background=1.0, grey_background=True,                # what it was trained on
                      levels=8, log2_entries=15, coarsest=8, finest=128, lr_grid=0.02, lr=0.005, occupancy_every=8,
-                     density_threshold=10.0)),
+                     density_threshold=10.0),
+        dreambooth=dict(steps=400, lr=2e-4, preservation=100.0)),
 }
 
 
@@ -79,7 +81,7 @@ class MVDream(nn.Module):
     @staticmethod
     def load(name, device="cpu", dtype=torch.float32):
         """Load a model for inference: "tiny" (shipped), "mvdream-sd21" or "sd21" (downloaded once), the path of a .safetensors, .pt
-        or .ckpt file, or a diffusers folder.
+        or .ckpt file, of a diffusers folder, or of the folder of a training.
 
         The configuration is in the header of a file that `save` wrote, else it follows from the tensors (`weights.sizes`). Tensors
         go to the device and the dtype one by one. On a CPU, in the file's own dtype, they stay mapped: the file is their memory.

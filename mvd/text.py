@@ -17,6 +17,7 @@ from .errors import UserError
 IDENTIFIERS = ("sks", "phol", "ucd", "mwf")       # rare tokens, reserved for subjects that DreamBooth will teach
 FILLERS = {",", *"a an and at by for from has in is its of on or that the to under with photo picture image wearing "
            "carrying riding sitting standing".split()}                           # these alone name no thing
+COMMON = 40_000                                   # CLIP's tokens are sorted: the first were merged from the most frequent pairs
 
 
 @dataclass
@@ -29,6 +30,7 @@ class TextConfig:
     output_dim: int | None = 1024                # columns of text_projection, held with CLIP's logit_scale but not used; None: neither
     context_length: int = 77
     words: tuple = ()                            # the words that the table is cut to; empty: the whole vocabulary of CLIP
+    identifier: str = ""                         # the word that "[v]" in a prompt stands for, if dreambooth.py has taught one
 
 
 @lru_cache(maxsize=1)
@@ -37,9 +39,31 @@ def tokenizer():
     return SimpleTokenizer()
 
 
+def name_subject(prompt, identifier):
+    """The prompt with its "[v]" replaced; an empty identifier leaves it out."""
+    return re.sub(r"\[v\]", identifier, prompt, flags=re.I)
+
+
 def words_of(prompt):
     """The words and commas of a prompt, lower case, in order."""
     return re.findall(r"[a-z0-9]+|,", prompt.lower())
+
+
+def check_identifier(text, word):
+    """Warns if the TextTower has seen `word` meaning something, or spells it with several tokens. Raises UserError if it is no word
+    that it knows."""
+    free = [name for name in IDENTIFIERS if name != text.config.identifier]                            # reserved, and not yet taken
+    advice = f"better ones are: {', '.join(free)}"
+    if words_of(word) != [word] or word == "," or (text.config.words and word not in text.config.words):
+        raise UserError(f"the model knows no word {word!r} that could be the identifier; {advice}")
+    tokens = tokenizer().encode(word)
+    if len(tokens) > 1:
+        warnings.warn(f"the identifier {word!r} is {len(tokens)} tokens to the model, each of which means something; {advice}",
+                      stacklevel=2)
+    elif word == text.config.identifier:
+        warnings.warn(f"the model has been taught another subject called {word!r}; {advice}", stacklevel=2)
+    elif word not in IDENTIFIERS and (text.config.words or tokens[0] < COMMON):
+        warnings.warn(f"the model has seen {word!r} meaning something; {advice}", stacklevel=2)
 
 
 class TextTower(nn.Module):
@@ -63,10 +87,13 @@ class TextTower(nn.Module):
             self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def known_part(self, prompt):
-        """The prompt without the words that the tower does not know, which a warning names.
+        """The prompt with "[v]" replaced by the identifier, and without the words that the tower does not know, which a warning names.
 
-        Raises UserError if it knows none of them, or nothing but fillers. The empty prompt is the unconditional one.
+        Raises UserError if it knows none of them, nothing but fillers, or no "[v]". The empty prompt is the unconditional one.
         """
+        if name_subject(prompt, "") != prompt and not self.config.identifier:
+            raise UserError("this model has been taught no [v]: make one that has with dreambooth.py, or leave [v] out")
+        prompt = name_subject(prompt, self.config.identifier)
         if not self.config.words or not prompt:
             return prompt
         words, known = words_of(prompt), {",", *self.config.words}

@@ -102,10 +102,11 @@ def dice(seeds):
     return lambda low, high: low + (high - low) * next(draws)
 
 
-def build(subject, accessory, seeds, device="cpu"):
+def build(subject, accessory, seeds, device="cpu", accessory_slots=0):
     """N objects of one pair, one a seed -> Shapes inside [-0.5, 0.5]^3, the front to +x.
 
-    A seed decides the proportions, and nothing else does: the colour is the palette's.
+    A seed decides the proportions, and nothing else does: the colour is the palette's. accessory_slots: the first slot of the
+    accessory's colours, where they are not the subject's.
     """
     if subject not in SUBJECTS or accessory not in (None, *ACCESSORIES):
         raise UserError(f"the toy world has no {subject!r} with {accessory!r}; subjects: {', '.join(SUBJECTS)}; "
@@ -113,7 +114,8 @@ def build(subject, accessory, seeds, device="cpu"):
     n = len(seeds)
     parts, hat = SUBJECTS[subject](dice(seeds))
     if accessory:
-        parts = parts + ACCESSORIES[accessory][0](hat, *extent(parts, n))
+        worn = ACCESSORIES[accessory][0](hat, *extent(parts, n))
+        parts = parts + [part._replace(slot=part.slot + accessory_slots) for part in worn]
     low, high = extent(parts, n)
     middle = (low + high) / 2
     scale = 0.46 / reach(parts, n, middle)                   # a ball of 0.46: hardly ever cut off by the picture's edge

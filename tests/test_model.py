@@ -39,6 +39,8 @@ def test_save_and_load_give_the_same_model(model, tmp_path):
     assert again.config == model.config
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
     assert torch.equal(model.sample("a red bulldog", steps=2), again.sample("a red bulldog", steps=2))
+    model.save(tmp_path / "model.safetensors")                                   # the folder of a run
+    assert MVDream.load(tmp_path).config == model.config
 
 
 def test_latents_have_the_scale_factor(model):
@@ -125,7 +127,8 @@ def test_the_shipped_model_is_small_complete_and_up_to_date():
     assert TINY.stat().st_size <= 40 * 2 ** 20
     shipped, preset = MVDream.load("tiny"), PRESETS["tiny"]
     assert {"bulldog", "crown", "3d", "asset", *IDENTIFIERS} <= set(shipped.config.text.words)
-    assert (shipped.config.distill, shipped.config.guidance, shipped.config.suffix) == (preset.distill, preset.guidance, preset.suffix)
+    for name in ("distill", "dreambooth", "guidance", "suffix"):
+        assert getattr(shipped.config, name) == getattr(preset, name)
     red, blue = shipped.sample(["a red car", "a blue car"], steps=8, seed=0)[:, 0]                         # [3, 128, 128]
     colour = [view[:, 48:80, 48:80].mean((1, 2)) for view in (red, blue)]
     assert colour[0][0] > colour[0][2] + 0.2 and colour[1][2] > colour[1][0] + 0.1                       # it has learned something

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mvd.errors import UserError
-from mvd.text import IDENTIFIERS, TextConfig, TextTower, tokenizer
+from mvd.text import IDENTIFIERS, TextConfig, TextTower, check_identifier, name_subject, tokenizer
 
 SMALL = dict(width=32, heads=2, layers=3, unused_layers=0, output_dim=None, context_length=12)
 
@@ -79,3 +79,30 @@ def test_long_prompts_are_cut_with_a_warning():
 
 def test_identifiers_are_single_tokens():
     assert all(len(tokenizer().encode(word)) == 1 for word in IDENTIFIERS)
+
+
+def test_v_stands_for_the_identifier():
+    assert name_subject("a [v] dog, [V]", "ucd") == "a ucd dog, ucd" and name_subject("a v [w]", "ucd") == "a v [w]"
+    for words in ((), ("a", "bulldog", "ucd")):
+        taught, other = tower(words=words, identifier="ucd"), tower(words=words)
+        assert taught.known_part("a [v] bulldog") == "a ucd bulldog"
+        assert torch.equal(taught.tokenize(["a [V] bulldog"]), other.tokenize(["a ucd bulldog"]))
+        with pytest.raises(UserError, match=r"taught no \[v\].*dreambooth.py"):
+            other.tokenize(["a [v] bulldog"])
+
+
+def test_an_identifier_should_be_one_rare_token():
+    whole, cut = tower(identifier="mwf"), tower(words=("a", "bulldog", "sks", "phol"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_identifier(whole, "sks")
+        check_identifier(whole, "ohwx")
+        check_identifier(cut, "phol")
+    for text, word, reason in ((whole, "zwx", "2 tokens"), (whole, "dog", "seen 'dog' meaning something"),
+                               (cut, "bulldog", "seen 'bulldog' meaning"), (whole, "mwf", "another subject called 'mwf'")):
+        with pytest.warns(UserWarning, match=reason) as caught:
+            check_identifier(text, word)
+        assert len(caught) == 1 and "better ones are" in str(caught[0].message)
+    for text, word in ((cut, "ucd"), (whole, "two words"), (whole, ""), (whole, ","), (whole, "Größe")):
+        with pytest.raises(UserError, match="knows no word"):
+            check_identifier(text, word)

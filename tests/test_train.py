@@ -155,10 +155,8 @@ def test_diffusion_loss_is_the_mean_squared_error_of_the_noise():
     torch.manual_seed(7)
     loss = train.diffusion_loss(model, z, tokens, camera, none)
     torch.manual_seed(7)                                                         # the same draws, in the same order
+    tokens = torch.where(torch.rand(2, 1) < 0.1, none, tokens)
     t, noise = torch.randint(1000, (2,)), torch.randn_like(z)
-    dropped = torch.rand(2, 1)
-    dropped = dropped < 0.1
-    tokens = torch.where(dropped, none, tokens)
     abar = diffusion.alphas_cumprod()[t].view(2, 1, 1, 1, 1)
     eps = model.unet(abar.sqrt() * 0.5 * z + (1 - abar).sqrt() * noise, t, model.text(tokens), camera)
     torch.testing.assert_close(loss, ((eps - noise) ** 2).mean())

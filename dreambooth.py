@@ -1,0 +1,171 @@
+"""A few photos of one subject -> a model that draws this subject from every side (multi-view DreamBooth, MVDream §3.3).
+
+    python dreambooth.py photos/ --prompt "a photo of [v] bulldog" --out runs/my-dog
+    python sample.py "[v] bulldog wearing a top hat" --model runs/my-dog
+    python distill.py "[v] bulldog" --model runs/my-dog
+
+"[v]" stands for the identifier, a rare word that shall mean the subject. The photos are shown in 2D mode, and the UNet θ learns
+
+    L = L_diffusion(photos) + λ ‖θ − θ0‖₁ / N_θ
+
+from θ0, where it starts: what it knows of sides and cameras survives, because θ stays near θ0. Autoencoder and text tower stay as
+they are. Ctrl-C or a kill loses at most --save-every steps: the same command with --resume goes on.
+"""
+from dataclasses import asdict, dataclass, field
+
+import torch
+from tqdm import tqdm
+
+from mvd import cli, data, diffusion, photos, run
+from mvd.device import GraphedStep, choose_device, random_state, set_random_state, side_stream
+from mvd.errors import UserError
+from mvd.masters import MasterAdamW
+from mvd.model import MVDream
+from mvd.pictures import grid, save_curve, save_png
+from mvd.text import check_identifier, name_subject, words_of
+
+
+@dataclass
+class Settings:
+    """The defaults are the paper's, for the full-size model; a model's header may hold others (`ModelConfig.dreambooth`)."""
+    photos: str = field(metadata={"help": "folder with 3 to 20 photos of one subject", "positional": True})
+    prompt: str = field(metadata={"help": 'what the photos show, with "[v]" for the identifier: "a photo of [v] bulldog"'})
+    model: str = field(default="tiny", metadata={"help": "the model to start from: tiny, mvdream-sd21, sd21, or the path of a checkpoint"})
+    out: str = field(default="runs/dreambooth", metadata={"help": "folder for the model, pictures, log and checkpoint"})
+    identifier: str = field(default="phol", metadata={"help": "the word that shall mean the subject"})
+    steps: int = field(default=600, metadata={"help": "training steps", "min": 1})
+    batch: int = field(default=4, metadata={"help": "photos in a batch", "min": 1})
+    lr: float = field(default=2e-6, metadata={"help": "learning rate", "min": 0})
+    weight_decay: float = field(default=0.01, metadata={"help": "weight decay of AdamW", "min": 0})
+    preservation: float = field(default=1.0, metadata={"help": "λ, how strongly the weights are held where they were", "min": 0})
+    flips: bool = field(default=False, metadata={"help": "show the photos mirrored, too: only if the subject is symmetric"})
+    sample_every: int = field(default=200, metadata={"help": "steps between sample grids", "min": 1})
+    save_every: int = field(default=200, metadata={"help": "steps between checkpoints", "min": 1})
+    device: str = field(default="auto", metadata={"help": "cuda, mps or cpu; auto takes the best"})
+    seed: int = field(default=0, metadata={"help": "of everything random", "min": 0, "max": 2 ** 63 - 2})
+    resume: bool = field(default=False, metadata={"help": "go on from the checkpoint in --out"})
+
+
+GREYS = 8                      # how often a photo is encoded, each time with another grey behind what is transparent
+LOG_EVERY = 10
+
+
+@torch.no_grad()
+def preserve(weights, start, strength):
+    """The preservation loss, added to the gradient: w.grad += ∂/∂w λ‖θ − θ0‖₁/N_θ = λ sign(w − w0)/N_θ.
+
+    weights, start: lists of float32 tensors, θ and θ0; a bfloat16 θ could not tell them apart. A weight without a gradient (the
+    camera's, which photos in 2D mode do not touch) has not moved and stays. Returns a tensor [4]: ‖θ − θ0‖₁/N_θ, ‖θ − θ0‖₂, and the
+    norms of both gradients, the diffusion loss's and this one.
+    """
+    count = sum(w.numel() for w in weights)
+    sums = torch.zeros(4, device=weights[0].device)
+    for w, w0 in zip(weights, start):                                            # one by one: a difference takes memory
+        if w.grad is not None:
+            difference = w - w0
+            pull = difference.sign().mul_(strength / count)
+            sums += torch.stack([difference.abs().sum(), difference.square().sum(), w.grad.square().sum(), pull.square().sum()])
+            w.grad += pull
+    return torch.cat([sums[:1] / count, sums[1:].sqrt()])
+
+
+def finetune(model, moments, tokens, s, out, state=None, show=None):
+    """The loop; afterwards the UNet holds the new weights. Returns the steps done, fewer than s.steps after Ctrl-C.
+
+    moments [copies, N, 1, 2c, h, w]: the photos' latents (`data.moments`), tokens [N, 1, L]: their prompt's (`data.token_table`).
+    state: what the checkpoint held, or None. show(step) draws pictures.
+    """
+    device, scale = model.device, model.config.vae.scale_factor
+    adam = MasterAdamW(model.unet.requires_grad_(True), s.lr, betas=(0.9, 0.999), weight_decay=s.weight_decay)
+    theta0 = [w.clone() for w in adam.weights]
+    start = 0
+    if state:
+        start = state["step"]
+        adam.load_state_dict(state)
+        set_random_state(state["random"])
+
+    def step():
+        z, rows, camera = data.draw_images(moments, tokens, s.batch)             # [B, 1, c, h, w] [B, L] None: the 2D mode
+        loss = diffusion.loss(model.unet, scale * z, model.text(rows), camera)
+        adam.backward(loss)
+        measured = preserve(adam.weights, theta0, s.preservation)
+        adam.step()
+        return torch.cat([loss.detach()[None], measured])                        # [5]
+
+    graphed, sums, counted, done = GraphedStep(step, device), torch.zeros(5, device=device), 0, start
+    with cli.interrupt_flag() as interrupted, side_stream(device):
+        bar = tqdm(range(start, s.steps), initial=start, total=s.steps, desc=s.prompt)
+        for done in bar:
+            sums += graphed()
+            counted, done = counted + 1, done + 1
+            if done % LOG_EVERY == 0 or done == s.steps:
+                loss, l1, l2, diffusion_gradient, pull = (sums / counted).tolist()
+                run.log(out / "log.jsonl", step=done, loss=loss, preservation=s.preservation * l1, distance=l2,
+                        share=pull / max(pull + diffusion_gradient, 1e-30))
+                bar.set_postfix(loss=f"{loss:.4f}", distance=f"{l2:.3g}")
+                sums.zero_()
+                counted = 0
+            if show and (done % s.sample_every == 0 or done == s.steps):
+                kept = random_state()
+                show(done)
+                set_random_state(kept)
+            if done % s.save_every == 0 or interrupted.is_set():
+                run.save_checkpoint(out / "checkpoint.safetensors", {"step": done, **adam.state_dict(), "random": random_state()}, {})
+            if interrupted.is_set():
+                break
+        model.unet.float().requires_grad_(False)
+        adam.work_with(adam.weights)
+    return done
+
+
+def main(argv=None):
+    s = cli.parse(Settings, argv, __doc__)
+    if name_subject(s.prompt, "") == s.prompt:
+        raise UserError('the prompt has no [v]: say where the identifier belongs, for example "a photo of [v] bulldog"')
+    if not words_of(name_subject(s.prompt, "")):
+        raise UserError('the prompt is nothing but [v]: say what the subject is, for example "a photo of [v] bulldog"')
+    device = choose_device(s.device)
+    model = MVDream.load(s.model, device)
+    s = cli.parse(Settings, argv, __doc__, defaults=model.config.dreambooth)     # a flag counts more than the model's header
+    check_identifier(model.text, s.identifier)
+    model.config.text.identifier = s.identifier
+    prompt, plain = model.text.known_part(s.prompt), model.text.known_part(name_subject(s.prompt, ""))
+    names, rgba = photos.load(s.photos, model.config.size)
+    out = run.open_run(s.out, {**asdict(s), "files": names}, s.resume, may_change=("sample_every", "save_every"))
+    state = None
+    if s.resume and (out / "checkpoint.safetensors").exists():                   # killed before the first: from the start
+        state, _ = run.load_checkpoint(out / "checkpoint.safetensors")
+        if state.keys() != {"step", "weights", "optimizer", "random"}:
+            raise UserError(f"{out / 'checkpoint.safetensors'} is not of dreambooth.py; start anew without --resume, with another --out")
+    run.truncate_log(out / "log.jsonl", state["step"] + 1 if state else 1)
+    save_png(out / "photos.png", grid(data.on_grey(rgba, torch.full((len(rgba),), 0.8)) / 2 + 0.5, 5))
+
+    # ---- the photos' latents, computed once ----
+    torch.manual_seed(s.seed)
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")
+    rgba = torch.cat([rgba, rgba.flip(-1)]) if s.flips else rgba
+    autocast = torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
+    moments = data.moments(model.vae, rgba.to(device)[:, None], GREYS, autocast)   # [copies, N, 1, 2c, h, w]
+    tokens = data.token_table(model.text, [[prompt]] * len(rgba)).to(device)     # [N, 1, L]
+
+    def show(step):
+        """Three rows: the subject from four sides, its class from four sides, and four pictures of the subject in 2D mode."""
+        with_v, without = model.sample([prompt, plain], steps=25, seed=s.seed)   # [4, 3, H, W] each
+        singles = model.sample(prompt, steps=25, seed=s.seed, mode="2d")[0]
+        save_png(out / "progress" / f"samples_{step:06d}.png", grid(torch.cat([with_v, without, singles]), 4))
+        rows = run.read_log(out / "log.jsonl")
+        save_curve(out / "curves.png", {label: [(row["step"], row[name]) for row in rows] for name, label in (
+            ("loss", "diffusion loss"), ("preservation", "preservation loss"), ("share", "its share of the gradient"),
+            ("distance", "distance from the start"))}, "step", "", log_scale=True)
+
+    done = finetune(model, moments, tokens, s, out, state, show)
+    if done < s.steps:
+        print(f"interrupted after {done} of {s.steps} steps; go on with the same command and --resume")
+        raise KeyboardInterrupt
+    model.save(out / "model.safetensors", torch.float16)
+    print(f'{out / "model.safetensors"}: python sample.py --model {out} "{s.prompt}"')
+
+
+if __name__ == "__main__":
+    cli.main(main)

@@ -1,0 +1,49 @@
+"""AdamW on float32 weights of a network that works, on a GPU, with rounded bfloat16 copies of them (Micikevicius et al. 2018, §3.1).
+
+A bfloat16 number has 8 bits: a step of 2e-6 on a weight of 0.02 would be rounded away every time. So the optimizer moves float32
+weights, and the network computes with copies that are rounded anew after each step.
+"""
+import torch
+
+
+class MasterAdamW:
+    """`weights`: float32 [...], one for each parameter of `module`, in its order. `lr`: a tensor [], which a CUDA graph reads."""
+
+    def __init__(self, module, lr, betas, weight_decay):
+        self.weights = [p.detach().float().clone() for p in module.parameters()]
+        device = self.weights[0].device
+        cuda = device.type == "cuda"
+        self.copies = list(module.to(torch.bfloat16 if cuda else torch.float32).parameters())
+        self.lr = torch.tensor(lr, device=device)
+        self.adam = torch.optim.AdamW(self.weights, lr=self.lr, betas=betas, weight_decay=weight_decay, fused=cuda, capturable=cuda)
+
+    @torch.no_grad()
+    def work_with(self, tensors):
+        """Let the network compute with these: the weights, or an average of them."""
+        torch._foreach_copy_(self.copies, tensors)
+
+    def backward(self, loss):
+        """The gradient of the loss, as float32 `grad` of the weights; None where the loss does not depend on one."""
+        gradients = list(torch.autograd.grad(loss, self.copies, allow_unused=True))
+        for i, w in enumerate(self.weights):                                     # one by one: a bfloat16 gradient goes as its
+            w.grad = None if gradients[i] is None else gradients[i].float()      # float32 one comes
+            gradients[i] = None
+
+    def step(self):
+        """Move the weights, round them for the network, and give the gradients' memory back."""
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=True)
+        self.work_with(self.weights)
+
+    def state_dict(self):
+        return {"weights": self.weights, "optimizer": self.adam.state_dict()}
+
+    def load_state_dict(self, state):
+        """Go on from a `state_dict`, perhaps of another device."""
+        groups = self.adam.state_dict()["param_groups"]                          # of this device
+        self.adam.load_state_dict({**state["optimizer"], "param_groups": groups})
+        self.adam.param_groups[0]["lr"] = self.lr
+        for w, kept in self.adam.state.items():                                  # in the layout of the weights, as fused AdamW wants
+            kept.update({name: torch.empty_like(w).copy_(kept[name]) for name in ("exp_avg", "exp_avg_sq")})
+        torch._foreach_copy_(self.weights, [saved.to(self.lr.device) for saved in state["weights"]])
+        self.work_with(self.weights)
