@@ -188,7 +188,7 @@ def distill(s, model, out, state=None):
     def checkpoint(step):
         run.save_checkpoint(out / "checkpoint.safetensors", {
             "step": step, "nerf": nerf.state_dict(), "occupancy": occupancy.state_dict(), "optimizer": optimizer.state_dict(),
-            "random": random_state()}, {})
+            "random": random_state()})
 
     low, high, light, orientation = (torch.zeros((), device=device) for _ in range(4))
     scheduled = (low, high, light, orientation)
@@ -232,7 +232,7 @@ def main():
     out = run.open_run(s.out, asdict(s), s.resume, f"runs/{run.slug(s.prompt)}{'-2d' if s.mode == '2d' else ''}", ("save_every",))
     state = None
     if s.resume and (out / "checkpoint.safetensors").exists():                   # killed before the first: from the start
-        state, _ = run.load_checkpoint(out / "checkpoint.safetensors")
+        state = run.load_checkpoint(out / "checkpoint.safetensors")
     nerf, occupancy, done = distill(known, model, out, state)
     if done < s.steps:
         print(f"interrupted after {done} of {s.steps} steps; go on with the same command and --resume; writing the results so far "

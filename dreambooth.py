@@ -110,7 +110,7 @@ def finetune(model, moments, tokens, s, out, state=None, show=None):
                 show(done)
                 set_random_state(kept)
             if done % s.save_every == 0 or interrupted.is_set():
-                run.save_checkpoint(out / "checkpoint.safetensors", {"step": done, **adam.state_dict(), "random": random_state()}, {})
+                run.save_checkpoint(out / "checkpoint.safetensors", {"step": done, **adam.state_dict(), "random": random_state()})
             if interrupted.is_set():
                 break
         model.unet.float().requires_grad_(False)
@@ -134,7 +134,7 @@ def main(argv=None):
     out = run.open_run(s.out, {**asdict(s), "files": names}, s.resume, may_change=("sample_every", "save_every"))
     state = None
     if s.resume and (out / "checkpoint.safetensors").exists():                   # killed before the first: from the start
-        state, _ = run.load_checkpoint(out / "checkpoint.safetensors")
+        state = run.load_checkpoint(out / "checkpoint.safetensors")
         if state.keys() != {"step", "weights", "optimizer", "random"}:
             raise UserError(f"{out / 'checkpoint.safetensors'} is not of dreambooth.py; start anew without --resume, with another --out")
     run.truncate_log(out / "log.jsonl", state["step"] + 1 if state else 1)

@@ -109,7 +109,7 @@ def fit(phase, model, module, losses, shares, first, steps, peak_lr, s, out, sta
     def checkpoint(step):
         run.save_checkpoint(out / "checkpoint.safetensors", {
             "phase": phase, "step": step, **adam.state_dict(), "average": average, "vae": model.vae.state_dict(),
-            "random": random_state()}, {})
+            "random": random_state()})
 
     steppers = [GraphedStep(lambda f=f: train_step(f), device) for f in losses.values()]
     sums, counts = torch.zeros(len(losses), device=device), [0] * len(losses)
@@ -177,7 +177,7 @@ def main(argv=None):
     out = run.open_run(s.out, asdict(s), s.resume, may_change=("sample_every", "save_every"))
     state = {"phase": None, "step": 0}
     if s.resume and (out / "checkpoint.safetensors").exists():                   # killed before the first: from the start
-        state, _ = run.load_checkpoint(out / "checkpoint.safetensors")
+        state = run.load_checkpoint(out / "checkpoint.safetensors")
         if state.get("phase") not in ("vae", "unet"):
             raise UserError(f"{out / 'checkpoint.safetensors'} is not of a training; start anew without --resume, with another --out")
         model.vae.load_state_dict(state["vae"])

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from .errors import UserError
 from .files import write_atomic
 
 
@@ -31,17 +30,6 @@ def _to_pil(image):
 def save_png(path, image):
     """image: [3, H, W] or [H, W] (grey) in [0, 1], what lies outside is clamped; written in one stroke."""
     write_atomic(path, lambda file: _to_pil(image).save(file, "PNG"))
-
-
-def load_png(path):
-    """-> [3, H, W] in [0, 1]; what is transparent becomes white. Raises UserError if it is missing or no picture."""
-    try:
-        with Image.open(path) as picture:
-            picture = picture.convert("RGBA")
-    except (OSError, SyntaxError, ValueError) as error:                         # Pillow's SyntaxError: a broken PNG
-        raise UserError(f"cannot read the picture {path}: {error}") from error
-    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
 
 
 def save_turntable(path, frames, seconds=4.0):

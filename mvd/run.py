@@ -123,13 +123,12 @@ def truncate_log(path, step):
 # ---------------------------------------------------------------------------------------------------- checkpoints
 
 
-def save_checkpoint(path, state, meta):
+def save_checkpoint(path, state):
     """One safetensors file, in one stroke; no pickle, so that loading a stranger's checkpoint runs none of his code.
 
     state: dicts (keys: str, int), lists and tuples, nested, of tensors, numbers, str, bool, None, such as a
-    state_dict() of an optimizer. meta: {name: JSON value}. The tensors are named by their path
-    ("optimizer/state/0/exp_avg"); the rest is JSON in the header. All comes back exactly; numpy's numbers come back as
-    Python's.
+    state_dict() of an optimizer. The tensors are named by their path ("optimizer/state/0/exp_avg"); the rest is JSON in
+    the header. All comes back exactly; numpy's numbers come back as Python's.
     """
     tensors = {}
 
@@ -145,13 +144,13 @@ def save_checkpoint(path, state, meta):
             return {type(value).__name__: [skeleton(v, f"{name}/{i}") for i, v in enumerate(value)]}
         return value.item() if isinstance(value, np.generic) else value
 
-    header = {"state": json.dumps(skeleton(state, "")), "meta": json.dumps(meta)}
+    header = {"checkpoint": json.dumps(skeleton(state, ""))}            # which names the tensors, so before they are written
     write_safetensors(path, tensors, header)
 
 
 def load_checkpoint(path):
-    """-> (state, meta) as given to save_checkpoint, tensors on the CPU. Raises UserError if the file is missing,
-    damaged or not a checkpoint of a run."""
+    """-> the state that save_checkpoint was given, tensors on the CPU. Raises UserError if the file is missing, damaged or
+    not a checkpoint of a run."""
     tensors, header = read_safetensors(path)
 
     def fill(value):
@@ -164,6 +163,6 @@ def load_checkpoint(path):
             return {k: fill(v) for k, v in content}
         return {"list": list, "tuple": tuple}[kind](fill(v) for v in content)
 
-    if not {"state", "meta"} <= header.keys():
+    if "checkpoint" not in header:
         raise UserError(f"{path} is not a checkpoint of a run; --resume continues only what these scripts wrote")
-    return fill(json.loads(header["state"])), json.loads(header["meta"])
+    return fill(json.loads(header["checkpoint"]))

@@ -109,7 +109,7 @@ def test_a_run_leaves_everything_behind(start, tmp_path, capsys):
     assert views["rgb"].shape == (8, 3, 32, 32) and views["opacity"].shape == (8, 1, 32, 32)
     assert torch.equal(views["azimuth"], torch.arange(8) * 45.0) and 0 < views["opacity"].mean() < 1
     assert views["distance"].item() == pytest.approx(0.9 / 0.36397, rel=1e-4)    # tan(20 degrees)
-    assert run.load_checkpoint(out / "checkpoint.safetensors")[0]["step"] == 6   # the last, whatever --save-every
+    assert run.load_checkpoint(out / "checkpoint.safetensors")["step"] == 6   # the last, whatever --save-every
     field, _ = read_safetensors(out / "field.safetensors")
     nerf = NeRF(NeRFConfig(levels=2, log2_entries=10, coarsest=4, finest=16, hidden=4))
     nerf.load_state_dict(field)
@@ -178,8 +178,8 @@ def die_after(patch, moment, step):
         if row["step"] == step:
             raise Killed
 
-    def save_then_die(path, state, meta):
-        save(path, state, meta)
+    def save_then_die(path, state):
+        save(path, state)
         if state["step"] == step:
             raise Killed
 
@@ -224,10 +224,10 @@ def test_a_run_of_another_device_can_be_resumed(start, whole, tmp_path, monkeypa
         with pytest.raises(Killed):
             start("moved")
     path = tmp_path / "moved" / "checkpoint.safetensors"
-    state, meta = run.load_checkpoint(path)
+    state = run.load_checkpoint(path)
     for group in state["optimizer"]["param_groups"]:
         group["capturable"] = True
-    run.save_checkpoint(path, state, meta)
+    run.save_checkpoint(path, state)
     assert start("moved", "--resume") == 0
     assert contents(tmp_path / "moved")[tmp_path / "moved" / "field.safetensors"] == (whole() / "field.safetensors").read_bytes()
 
@@ -247,7 +247,7 @@ def test_an_interrupt_saves_and_says_how_to_resume(start, whole, monkeypatch, st
         assert start("halted") == (130 if step < 6 else 0)                       # at the last step nothing is lost
     printed = capsys.readouterr().out
     assert (tmp_path / "halted" / "mesh.glb").exists() and (tmp_path / "halted" / "loss.png").exists()
-    assert run.load_checkpoint(tmp_path / "halted" / "checkpoint.safetensors")[0]["step"] == step
+    assert run.load_checkpoint(tmp_path / "halted" / "checkpoint.safetensors")["step"] == step
     if step < 6:
         assert f"interrupted after {step} of 6 steps" in printed and "--resume" in printed and "halted" in printed
         assert start("halted", "--resume") == 0
@@ -319,13 +319,13 @@ def a_run(tmp_path_factory):
 
 
 def checkpoint_of_train(path):
-    run.save_checkpoint(path, {"phase": "vae", "step": 2, "module": {"weight": torch.zeros(2)}, "average": [], "random": {}}, {})
+    run.save_checkpoint(path, {"phase": "vae", "step": 2, "module": {"weight": torch.zeros(2)}, "average": [], "random": {}})
 
 
 def checkpoint_of_another_field(path):
-    state, meta = run.load_checkpoint(path)
+    state = run.load_checkpoint(path)
     state["nerf"]["grid.table"] = torch.zeros(5, 2)
-    run.save_checkpoint(path, state, meta)
+    run.save_checkpoint(path, state)
 
 
 @pytest.mark.parametrize("flags, change, words", [

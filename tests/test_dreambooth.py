@@ -208,7 +208,7 @@ def test_bad_input_is_one_line(start, changes, flags, words, tmp_path, capsys, m
 
 def test_another_runs_checkpoint_is_refused(start, tmp_path):
     start("out")
-    run.save_checkpoint(tmp_path / "out" / "checkpoint.safetensors", {"step": 1, "nerf": {}}, {})
+    run.save_checkpoint(tmp_path / "out" / "checkpoint.safetensors", {"step": 1, "nerf": {}})
     with pytest.raises(UserError, match="not of dreambooth.py"):
         start("out", "--resume")
 

@@ -156,16 +156,16 @@ def test_failed_write_leaves_the_earlier_file(error, tmp_path):
 
 def test_full_disk(tmp_path, monkeypatch, capsys):
     """The disk is found full only when the data are flushed to it."""
-    run.save_checkpoint(tmp_path / "checkpoint.safetensors", {"a": torch.ones(3)}, {"step": 1})
+    run.save_checkpoint(tmp_path / "checkpoint.safetensors", {"a": torch.ones(3), "step": 1})
 
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(SystemExit) as end:
-        cli.main(lambda: run.save_checkpoint(tmp_path / "checkpoint.safetensors", {"a": torch.zeros(3)}, {"step": 2}))
+        cli.main(lambda: run.save_checkpoint(tmp_path / "checkpoint.safetensors", {"a": torch.zeros(3), "step": 2}))
     assert end.value.code == 2 and "no space left" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.safetensors"]
-    assert run.load_checkpoint(tmp_path / "checkpoint.safetensors")[1] == {"step": 1}
+    assert run.load_checkpoint(tmp_path / "checkpoint.safetensors")["step"] == 1
 
 
 def test_unwritable(tmp_path):
@@ -209,23 +209,22 @@ def test_nested_round_trip(tmp_path):
         "empty": [{}, [], ()], "text": "ünï \"quoted\" / \n", "tensor": {"tensor": "tensor", "dict": [["list", 1]]},
         "generator": torch.Generator().manual_seed(3).get_state(), "python": random.getstate(),
     }
-    run.save_checkpoint(tmp_path / "c.safetensors", state, {"step": 3, "name": "x"})
-    loaded, meta = run.load_checkpoint(tmp_path / "c.safetensors")
+    run.save_checkpoint(tmp_path / "c.safetensors", state)
+    loaded = run.load_checkpoint(tmp_path / "c.safetensors")
     assert_same(state, loaded)
-    assert meta == {"step": 3, "name": "x"}
     random.setstate(loaded["python"])
     loaded["tensors"]["float32"].add_(1)                            # loaded tensors are ours to change
-    assert_same(state, run.load_checkpoint(tmp_path / "c.safetensors")[0])
+    assert_same(state, run.load_checkpoint(tmp_path / "c.safetensors"))
 
 
 def test_numpy_numbers_come_back_as_numbers(tmp_path):
     numbers = {"a": np.float32(0.1), "b": np.int64(2 ** 62), "c": np.bool_(True)}
-    run.save_checkpoint(tmp_path / "c.safetensors", numbers, {})
-    loaded, _ = run.load_checkpoint(tmp_path / "c.safetensors")
+    run.save_checkpoint(tmp_path / "c.safetensors", numbers)
+    loaded = run.load_checkpoint(tmp_path / "c.safetensors")
     assert loaded == {"a": float(np.float32(0.1)), "b": 2 ** 62, "c": True} and type(loaded["b"]) is int
     with pytest.raises(TypeError):
-        run.save_checkpoint(tmp_path / "c.safetensors", {"a": object()}, {})
-    assert run.load_checkpoint(tmp_path / "c.safetensors")[0] == loaded
+        run.save_checkpoint(tmp_path / "c.safetensors", {"a": object()})
+    assert run.load_checkpoint(tmp_path / "c.safetensors") == loaded
 
 
 @pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01)])
@@ -247,20 +246,20 @@ def test_adamw_continues_bit_identically(lr, tmp_path):
     model, optimizer, generator = start()
     train(model, optimizer, generator, 12)
     run.save_checkpoint(tmp_path / "c.safetensors", {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                                                     "generator": generator.get_state()}, {"step": 12})
-    state, meta = run.load_checkpoint(tmp_path / "c.safetensors")
+                                                     "generator": generator.get_state(), "step": 12})
+    state = run.load_checkpoint(tmp_path / "c.safetensors")
     model, optimizer, generator = start()
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     generator.set_state(state["generator"])
-    train(model, optimizer, generator, 20 - meta["step"])
+    train(model, optimizer, generator, 20 - state["step"])
     assert_same(straight[0].state_dict(), model.state_dict())
     assert_same(straight[1].state_dict(), optimizer.state_dict())
 
 
 def test_damaged_and_foreign_checkpoints(tmp_path):
     path = tmp_path / "c.safetensors"
-    run.save_checkpoint(path, {"a": torch.randn(100)}, {"step": 1})
+    run.save_checkpoint(path, {"a": torch.randn(100), "step": 1})
     whole = path.read_bytes()
     for damaged in (b"", whole[:4], whole[:40], whole[:-1], whole + b"x", b"\xff" * 100, b"PK\x03\x04" + whole):
         path.write_bytes(damaged)
@@ -280,7 +279,7 @@ def test_killed_while_writing_checkpoints(tmp_path):
         import sys, torch
         from mvd import run
         for step in range(10 ** 9):
-            run.save_checkpoint(sys.argv[1], {"a": [torch.full((100_000,), float(step))] * 4}, {"step": step})
+            run.save_checkpoint(sys.argv[1], {"a": [torch.full((100_000,), float(step))] * 4, "step": step})
             run.log(sys.argv[2], step=step)
     """
     path, log = tmp_path / "checkpoint.safetensors", tmp_path / "log.jsonl"
@@ -290,14 +289,14 @@ def test_killed_while_writing_checkpoints(tmp_path):
             time.sleep(0.02)
         for wait in np.random.default_rng(0).uniform(0, 0.02, 15):
             process.send_signal(signal.SIGSTOP)                     # what is found now is what a kill would leave
-            state, meta = run.load_checkpoint(path)
-            assert all((tensor == meta["step"]).all() for tensor in state["a"])
+            state = run.load_checkpoint(path)
+            assert all((tensor == state["step"]).all() for tensor in state["a"])
             process.send_signal(signal.SIGCONT)
             time.sleep(wait)
     finally:
         process.kill()
         process.wait()
-    state, meta = run.load_checkpoint(path)
-    assert all((tensor == meta["step"]).all() for tensor in state["a"]) and meta["step"] > 0
+    state = run.load_checkpoint(path)
+    assert all((tensor == state["step"]).all() for tensor in state["a"]) and state["step"] > 0
     steps = [row["step"] for row in run.read_log(log)]
-    assert steps == list(range(len(steps))) and meta["step"] - len(steps) in (-1, 0)
+    assert steps == list(range(len(steps))) and state["step"] - len(steps) in (-1, 0)

@@ -12,8 +12,9 @@ import layouts
 import sample
 from mvd import MVDream, cli, run
 from mvd.files import write_safetensors
-from mvd.pictures import grid, load_png
+from mvd.pictures import grid
 from test_model import random_model, small_config
+from toy_data import read_png
 
 SCRIPT = Path(sample.__file__)
 
@@ -45,7 +46,7 @@ def test_it_writes_what_the_model_draws(start, model_file, capsys):
     assert start() == 0
     assert "samples/a-red-bulldog.png: 4 views" in capsys.readouterr().out
     drawn = MVDream.load(model_file).sample("a red bulldog", steps=2)[0]         # [4, 3, 64, 64]
-    picture = load_png("samples/a-red-bulldog.png")
+    picture = read_png("samples/a-red-bulldog.png")
     assert picture.shape == (3, 64, 4 * 66 - 2)
     torch.testing.assert_close(picture, grid(drawn, 4), rtol=0, atol=0.51 / 255)
 
@@ -65,13 +66,13 @@ def test_the_same_seed_gives_the_same_bytes(start):
 @pytest.mark.parametrize("views, width, height", [(1, 1, 1), (3, 3, 1), (9, 8, 2)])
 def test_views_stand_in_rows_of_eight(start, views, width, height):
     assert start("--views", str(views), "--steps", "1", "--out", "x.png") == 0
-    assert load_png("x.png").shape == (3, 66 * height - 2, 66 * width - 2)
+    assert read_png("x.png").shape == (3, 66 * height - 2, 66 * width - 2)
 
 
 def test_a_batch_is_drawn_row_by_row(start, model_file):
     assert start("--batch", "2", "--views", "9", "--size", "32", "--out", "x.png") == 0
     drawn = MVDream.load(model_file).sample(["a red bulldog"] * 2, steps=2, views=9, size=32)    # [2, 9, 3, 32, 32]
-    picture = load_png("x.png")
+    picture = read_png("x.png")
     assert picture.shape == (3, 34 * 4 - 2, 34 * 8 - 2)
     for sample, top in ((0, 0), (1, 68)):
         for i in range(9):
@@ -90,7 +91,7 @@ def test_the_released_model_by_its_name(monkeypatch, tmp_path):
     model = MVDream.load("mvdream-sd21")
     assert (model.config.suffix, model.config.guidance, model.config.negative, model.config.size) == (", 3d asset", 10.0, "", 256)
     drawn = model.sample("an astronaut", "", 4, 1, 10.0, elevation=15.0, azimuth=0.0, size=64)[0]
-    torch.testing.assert_close(load_png("samples/an-astronaut.png"), grid(drawn, 4), rtol=0, atol=0.51 / 255)
+    torch.testing.assert_close(read_png("samples/an-astronaut.png"), grid(drawn, 4), rtol=0, atol=0.51 / 255)
 
 
 @pytest.mark.parametrize("flags, prompt, words", [

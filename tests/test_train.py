@@ -136,7 +136,7 @@ def test_the_autoencoder_is_kept_when_its_phase_ends(start, monkeypatch, tmp_pat
         patch.setattr(run, "log", log_then_die)
         with pytest.raises(Killed):
             start("killed", "--save-every", "3")
-    state, _ = run.load_checkpoint(tmp_path / "killed" / "checkpoint.safetensors")
+    state = run.load_checkpoint(tmp_path / "killed" / "checkpoint.safetensors")
     assert (state["phase"], state["step"]) == ("vae", 4)
 
 

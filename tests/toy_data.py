@@ -2,9 +2,16 @@
 import json
 from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
 COLOURS = {"red": (220, 40, 40), "blue": (40, 60, 220)}
+
+
+def read_png(path):
+    """-> [3, H, W] in [0, 1]."""
+    return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1) / 255
 
 
 def view(colour, azimuth, size):
