@@ -228,6 +228,9 @@ def main():
     device = choose_device(s.device)
     model = MVDream.load(s.model, device, choose_dtype(s.dtype, device))
     s = cli.parse(Settings, description=__doc__, defaults=model.config.distill)  # a flag counts more than the model's header
+    for low, high in (("coarsest", "finest"), ("t_min", "t_max")):
+        if getattr(s, low) > getattr(s, high):
+            raise UserError(f"--{low.replace('_', '-')} {getattr(s, low)} is above --{high.replace('_', '-')} {getattr(s, high)}")
     known = replace(s, prompt=model.text.known_part(s.prompt), negative=model.text.known_part(s.negative))  # all unknown: the end
     out = run.open_run(s.out, asdict(s), s.resume, f"runs/{run.slug(s.prompt)}{'-2d' if s.mode == '2d' else ''}", ("save_every",))
     state = None

@@ -285,6 +285,7 @@ def damage(path):
     ([], "  ", "prompt is empty"),
     ([], "zebra, unicorn", "knows nothing in 'zebra, unicorn'; it knows: 3d a asset bulldog red"),
     (["--suffix", ", 3d asset"], "zebra", "knows nothing in 'zebra'"),
+    (["--coarsest", "9", "--finest", "8"], "a red bulldog", "--coarsest 9 is above --finest 8"),
     (["--negative", "ugly"], "a red bulldog", "knows nothing in 'ugly'"),
     (["--stepz", "3"], "a red bulldog", "--stepz"),
     (["bulldog"], "a red", "quotes"),
