@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from mvd import cameras, cli, mesh, pictures, render, run, sds
-from mvd.device import GraphedStep, choose_device, choose_dtype, random_state, set_random_state, side_stream
+from mvd.device import GraphedStep, choose_device, choose_dtype, load_optimizer, random_state, set_random_state, side_stream
 from mvd.errors import UserError
 from mvd.files import write_safetensors
 from mvd.model import MVDream
@@ -180,8 +180,7 @@ def distill(s, model, out, state=None):
         start = state["step"]
         nerf.load_state_dict(state["nerf"])
         occupancy.load_state_dict(state["occupancy"])
-        groups = optimizer.state_dict()["param_groups"]                          # these are of this device, which may be another
-        optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
+        load_optimizer(optimizer, state["optimizer"])
         set_random_state(state["random"])
     run.truncate_log(out / "log.jsonl", start + 1)
 
@@ -233,9 +232,7 @@ def main():
             raise UserError(f"--{low.replace('_', '-')} {getattr(s, low)} is above --{high.replace('_', '-')} {getattr(s, high)}")
     known = replace(s, prompt=model.text.known_part(s.prompt), negative=model.text.known_part(s.negative))  # all unknown: the end
     out = run.open_run(s.out, asdict(s), s.resume, f"runs/{run.slug(s.prompt)}{'-2d' if s.mode == '2d' else ''}", ("save_every",))
-    state = None
-    if s.resume and (out / "checkpoint.safetensors").exists():                   # killed before the first: from the start
-        state = run.load_checkpoint(out / "checkpoint.safetensors")
+    state = run.last_checkpoint(out) if s.resume else None
     nerf, occupancy, done = distill(known, model, out, state)
     if done < s.steps:
         print(f"interrupted after {done} of {s.steps} steps; go on with the same command and --resume; writing the results so far "

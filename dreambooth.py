@@ -132,11 +132,9 @@ def main(argv=None):
     prompt, plain = model.text.known_part(s.prompt), model.text.known_part(name_subject(s.prompt, ""))
     names, rgba = photos.load(s.photos, model.config.size)
     out = run.open_run(s.out, {**asdict(s), "files": names}, s.resume, may_change=("sample_every", "save_every"))
-    state = None
-    if s.resume and (out / "checkpoint.safetensors").exists():                   # killed before the first: from the start
-        state = run.load_checkpoint(out / "checkpoint.safetensors")
-        if state.keys() != {"step", "weights", "optimizer", "random"}:
-            raise UserError(f"{out / 'checkpoint.safetensors'} is not of dreambooth.py; start anew without --resume, with another --out")
+    state = run.last_checkpoint(out) if s.resume else None
+    if state and state.keys() != {"step", "weights", "optimizer", "random"}:
+        raise UserError(f"{out / 'checkpoint.safetensors'} is not of dreambooth.py; start anew without --resume, with another --out")
     run.truncate_log(out / "log.jsonl", state["step"] + 1 if state else 1)
     save_png(out / "photos.png", grid(data.on_grey(rgba, torch.full((len(rgba),), 0.8)) / 2 + 0.5, 5))
 
@@ -145,8 +143,7 @@ def main(argv=None):
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
     rgba = torch.cat([rgba, rgba.flip(-1)]) if s.flips else rgba
-    autocast = torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
-    moments = data.moments(model.vae, rgba.to(device)[:, None], GREYS, autocast)   # [copies, N, 1, 2c, h, w]
+    moments = data.moments(model.vae, rgba.to(device)[:, None], GREYS)       # [copies, N, 1, 2c, h, w]
     tokens = data.token_table(model.text, [[prompt]] * len(rgba)).to(device)     # [N, 1, L]
 
     def show(step):

@@ -175,12 +175,12 @@ def main(argv=None):
     no_tokens = model.text.tokenize([""]).to(device)
     set_cameras = d.set_cameras.to(device)
     out = run.open_run(s.out, asdict(s), s.resume, may_change=("sample_every", "save_every"))
-    state = {"phase": None, "step": 0}
-    if s.resume and (out / "checkpoint.safetensors").exists():                   # killed before the first: from the start
-        state = run.load_checkpoint(out / "checkpoint.safetensors")
+    state = run.last_checkpoint(out) if s.resume else None
+    if state:
         if state.get("phase") not in ("vae", "unet"):
             raise UserError(f"{out / 'checkpoint.safetensors'} is not of a training; start anew without --resume, with another --out")
         model.vae.load_state_dict(state["vae"])
+    state = state or {"phase": None, "step": 0}
     run.truncate_log(out / "log.jsonl", state["step"] + (s.vae_steps if state["phase"] == "unet" else 0) + 1)
     sets, images = d.sets.to(device), d.images.to(device)                        # uint8 [N, 32, 4, H, W], [M, 4, H, W]
 
@@ -208,10 +208,9 @@ def main(argv=None):
     # ---- the UNet and the text tower, on latents that are computed once ----
     torch.manual_seed(s.seed + 1)
     model.vae.requires_grad_(False)
-    autocast = torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
     try:
-        set_moments = data.moments(model.vae, sets, s.copies, autocast)          # [copies, N, 32, 2c, h, w]
-        image_moments = data.moments(model.vae, images[:, None], s.copies, autocast)   # [copies, M, 1, 2c, h, w]
+        set_moments = data.moments(model.vae, sets, s.copies)                    # [copies, N, 32, 2c, h, w]
+        image_moments = data.moments(model.vae, images[:, None], s.copies)       # [copies, M, 1, 2c, h, w]
     except KeyboardInterrupt:
         print("interrupted while the pictures were encoded; go on with the same command and --resume")
         raise

@@ -41,10 +41,8 @@ def find(name):
     if not path.exists():
         raise UserError(f"there is no model {str(name)!r}: give tiny, {', '.join(DOWNLOADS)}, or the path of a .safetensors, .pt or "
                         ".ckpt file or of a diffusers folder")
-    if (path / "model.safetensors").is_file() and not (path / "unet").is_dir():  # a run of train.py or dreambooth.py
-        return path / "model.safetensors"
-    if path.is_dir() and not (path / "unet").is_dir():
-        files = sorted(path.glob("*.safetensors")) or sorted([*path.glob("*.pt"), *path.glob("*.ckpt")])
+    if path.is_dir() and not (path / "unet").is_dir():                           # the first: a run of train.py or dreambooth.py
+        files = [*path.glob("model.safetensors")] or sorted(path.glob("*.safetensors")) or [*path.glob("*.pt"), *path.glob("*.ckpt")]
         if len(files) != 1:
             raise UserError(f"the folder {path} holds no unet/ and {len(files) or 'no'} checkpoint files: name one file, or a "
                             "diffusers folder")

@@ -93,17 +93,17 @@ def token_table(text, captions, suffix=""):
 
 
 @torch.no_grad()
-def moments(vae, rgba, copies, autocast, pixels=2 ** 23):
+def moments(vae, rgba, copies, pixels=2 ** 23):
     """Encode pictures once, before the UNet is trained: uint8 [N, views, 4, H, W] -> [copies, N, views, 2c, h, w] in half
-    precision, the mean and standard deviation of the posterior. Each copy of an object has a random grey behind it. pixels: how
-    many are encoded at a time."""
+    precision, the mean and standard deviation of the posterior; computed in bfloat16 on a GPU. Each copy of an object has a random
+    grey behind it. pixels: how many are encoded at a time."""
     out, batch = [], max(1, pixels // rgba.shape[-1] ** 2)                       # 512 pictures of 128², 128 of 256²
     for _ in range(copies):
         grey = torch.rand(len(rgba), 1, device=rgba.device).expand(rgba.shape[:2]).flatten()                  # one grey an object
         flat = rgba.flatten(0, 1)
         parts = []
         for i in range(0, len(flat), batch):
-            with autocast:
+            with torch.autocast("cuda", torch.bfloat16, enabled=rgba.is_cuda):
                 mean, logvar = vae.encode(on_grey(flat[i:i + batch], grey[i:i + batch]))
             parts.append(torch.cat([mean, torch.exp(0.5 * logvar)], 1).half())
         out.append(torch.cat(parts).unflatten(0, rgba.shape[:2]))

@@ -37,6 +37,11 @@ def set_random_state(state):
         torch.cuda.set_rng_state(state["cuda"])
 
 
+def load_optimizer(optimizer, state):
+    """Give an optimizer its state_dict back. The settings, some of which are the device's, stay this one's: it may be another."""
+    optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
 class GraphedStep:
     """A step (a function without arguments that trains and returns its loss tensor) whose launches cost nothing.
 

@@ -14,14 +14,12 @@ cameras; as in metrics.py, at the best of a few scales and fields of view, on th
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from . import cli, metrics, sdf, toyworld
 from .animals import BLACK, PAINTS
 from .cameras import orbit
 from .device import choose_device, choose_dtype
 from .errors import UserError
-from .files import read_safetensors
 from .metrics import SIZE, Cameras
 from .model import MVDream
 from .pictures import grid, save_png
@@ -102,13 +100,10 @@ def wears(views, name, seed, accessory, cameras):
 
 
 def sides(views, name, seed, cameras, accessory=None):
-    """Which views are nearest to the subject's own azimuth among the set's: bool [M, V]; and which sets have a back that is nearer to
-    the front than to the back (Janus): bool [M]. The cameras must include azimuths 0 and 180."""
+    """`metrics.sides` of pictures [M, V, 3, H, W] of the subject: bool [M, V] and bool [M]."""
     candidates, = candidates_of(name, [seed], cameras, accessory, views.device)
     confusion = metrics.nearest_by_view(metrics.cut_out(views), range(len(views)), candidates)          # [M, view, azimuth]
-    front, back = cameras.azimuth.index(0.0), cameras.azimuth.index(180.0)
-    own = torch.arange(len(cameras.azimuth), device=views.device)
-    return confusion.argmin(2) == own, confusion[:, back, front] < confusion[:, back, back]
+    return metrics.sides(confusion, cameras)
 
 
 def unseen(cameras):
@@ -126,8 +121,7 @@ def sample_eight(model, prompt, sets, seed=0):
 def report(label, views, name, seed, cameras, accessory=None):
     """One line: the share of views that show the subject, the same among sides that no photo shows, with real renders' in brackets,
     the share of views that show their own side, of Janus faces, and of sets with the accessory."""
-    small = F.interpolate(views.flatten(0, 1), (2 * SIZE, 2 * SIZE), mode="bilinear", antialias=True).unflatten(0, views.shape[:2])
-    both = torch.cat([small, real_views(name, seed, cameras, accessory).to(views.device)])              # candidates are drawn once
+    both = torch.cat([metrics.as_real(views), real_views(name, seed, cameras, accessory).to(views.device)])   # candidates drawn once
     shown, best = identity(both, name, seed, cameras, accessory).float().cpu().split([len(views), len(both) - len(views)])
     back = unseen(cameras)
     right, janus = (verdict.float().mean() for verdict in sides(views, name, seed, cameras, accessory))
@@ -162,9 +156,8 @@ def main():
             save_png(Path(flags.model) / f"{prompt.replace(' ', '-')}.png", grid(views.flatten(0, 1).cpu(), 8))
             report(f'"{prompt}"', views, name, seed, EIGHT, accessory)
     if flags.run:
-        tensors, _ = read_safetensors(Path(flags.run) / "views.safetensors")
-        cameras = Cameras(tensors["elevation"].item(), tuple(tensors["azimuth"].tolist()), tensors["fov"].item())
-        report(flags.run, tensors["rgb"][None].to(device), name, seed, cameras)
+        cameras, views = metrics.read_views(flags.run)
+        report(flags.run, views[None].to(device), name, seed, cameras)
 
 
 if __name__ == "__main__":

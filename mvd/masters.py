@@ -5,6 +5,8 @@ weights, and the network computes with copies that are rounded anew after each s
 """
 import torch
 
+from .device import load_optimizer
+
 
 class MasterAdamW:
     """`weights`: float32 [...], one for each parameter of `module`, in its order. `lr`: a tensor [], which a CUDA graph reads."""
@@ -40,8 +42,7 @@ class MasterAdamW:
 
     def load_state_dict(self, state):
         """Go on from a `state_dict`, perhaps of another device."""
-        groups = self.adam.state_dict()["param_groups"]                          # of this device
-        self.adam.load_state_dict({**state["optimizer"], "param_groups": groups})
+        load_optimizer(self.adam, state["optimizer"])
         self.adam.param_groups[0]["lr"] = self.lr
         for w, kept in self.adam.state.items():                                  # in the layout of the weights, as fused AdamW wants
             kept.update({name: torch.empty_like(w).copy_(kept[name]) for name in ("exp_avg", "exp_avg_sq")})

@@ -15,9 +15,7 @@ ceiling, what real renders score (other proportions, field of view and framing).
     python -m mvd.metrics runs/*                   # distilled objects
     python -m mvd.metrics runs/* --clip            # with any prompts, judged by CLIP
 
-What is not of the world, or too fine for its renders, is judged by CLIP, as in the papers (DreamFusion §4): the score is the mean
-cosine of a view and its prompt, times 100; R-precision is the share of views that are nearer to their own prompt than to the
-others that are judged with it. CLIP is downloaded once.
+What is not of the world, or too fine for its renders, is judged by CLIP (`clip.py`).
 """
 import itertools
 import json
@@ -31,13 +29,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from . import checkpoint, cli, sdf, toyworld
+from . import cli, clip, sdf, toyworld
 from .cameras import orbit
 from .device import choose_device, choose_dtype
 from .errors import UserError
 from .files import read_safetensors
 from .model import MVDream
-from .text import tokenizer
 from .toyworld import ACCESSORIES, COLOURS, ORIENTED, SUBJECTS, Thing
 
 SIZE = 32                                        # pixels, at which everything is compared: a wrong accessory costs 3 times the
@@ -47,7 +44,6 @@ INSTANCES = range(8)                             # seeds of the candidates' prop
 REAL = range(1000, 1_000_000)                    # and real renders draw theirs from here
 CAPTIONS = 64
 SPLITS = ("3d", "image", "never")
-CLIP = "ViT-B-32", "laion/CLIP-ViT-B-32-laion2B-s34B-b79K", "open_clip_model.safetensors"       # its shape, and where it is
 
 
 class Cameras(NamedTuple):
@@ -122,6 +118,12 @@ def real_views(things, cameras, device="cpu", seed=0, size=2 * SIZE):
         rgb, alpha, behind = rgba[:, :, :3], rgba[:, :, 3:], grey[of_pair].to(device)[:, None, None, None, None]
         views[of_pair] = rgb * alpha + behind * (1 - alpha)
     return views
+
+
+def as_real(views):
+    """Pictures [M, V, 3, H, W] at the size of `real_views`, so that both can be judged together."""
+    small = F.interpolate(views.flatten(0, 1), (2 * SIZE, 2 * SIZE), mode="bilinear", antialias=True, align_corners=False)
+    return small.unflatten(0, views.shape[:2])
 
 
 def cut_out(views):
@@ -234,17 +236,23 @@ def nearest_by_view(cut, which, candidates):
     return torch.stack(columns, 2)
 
 
+def sides(confusion, cameras):
+    """From `nearest_by_view` [M, V, V]: which views are nearest to their own azimuth, bool [M, V]; and which sets have a back that is
+    nearer to the front than to the back (Janus), bool [M]."""
+    def nearest_to(angle):
+        return min(range(len(cameras.azimuth)), key=lambda v: abs((cameras.azimuth[v] - angle + 180) % 360 - 180))
+    front, back = nearest_to(0), nearest_to(180)
+    own = torch.arange(confusion.shape[1], device=confusion.device)
+    return confusion.argmin(2) == own, confusion[:, back, front] < confusion[:, back, back]
+
+
 def row(captions, errors, confusion, cameras):
     """The verdict on one set: what `judge_sets` describes, from its errors [CAPTIONS] and [V, V]. captions[0] is the true one."""
     result = {"thing": captions[0], "nearest": captions[errors.argmin()], "right_views": None, "janus": None}
     result["recognised"] = result["nearest"] == captions[0]
     if captions[0].subject in ORIENTED:
-        def nearest_to(angle):
-            return min(range(len(cameras.azimuth)), key=lambda v: abs((cameras.azimuth[v] - angle + 180) % 360 - 180))
-        front, back = nearest_to(0), nearest_to(180)
-        own = torch.arange(len(confusion), device=confusion.device)
-        result["right_views"] = (confusion.argmin(1) == own).float().mean().item()
-        result["janus"] = bool(confusion[back, front] < confusion[back, back])
+        right, janus = sides(confusion[None], cameras)
+        result["right_views"], result["janus"] = right.float().mean().item(), janus.item()
     return result
 
 
@@ -266,38 +274,6 @@ def variety(views):
     return torch.pdist(pictures).mean().item() / math.sqrt(pictures.shape[1])
 
 
-# ---- CLIP ------------------------------------------------------------------------------------------------------------------
-
-def load_clip(device):
-    """open_clip's model, from the hub's cache or the hub. Raises UserError if it is in neither."""
-    import open_clip                                                             # takes seconds
-    shape, *place = CLIP
-    return open_clip.create_model(shape, str(checkpoint.download(place[0], place[1:])), device=device).eval()
-
-
-@torch.no_grad()
-def clip_similarity(clip, views, prompts):
-    """Cosines of CLIP's vectors: views [V, 3, H, W] in [0, 1], M prompts -> [V, M] on the CPU."""
-    from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-    device = clip.logit_scale.device
-    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
-    pictures = F.interpolate(views.to(device).float(), clip.visual.image_size, mode="bicubic", antialias=True).clamp(0, 1)
-    images = clip.encode_image((pictures - mean) / std, normalize=True)                                 # [V, D]
-    texts = clip.encode_text(tokenizer()(prompts, context_length=clip.context_length).to(device), normalize=True)      # [M, D]
-    return (images @ texts.T).float().cpu()
-
-
-def judge_by_clip(sets, clip):
-    """sets: list of (kind, prompt, views [V, 3, H, W]). -> a report a kind: n, clip_score, r_precision (None for one prompt)."""
-    prompts, rows = sorted({prompt for _, prompt, _ in sets}), {}
-    for kind, prompt, views in tqdm(sets, desc="CLIP", unit="set", disable=None):
-        similarity, own = clip_similarity(clip, views, prompts), prompts.index(prompt)
-        rows.setdefault(kind, []).append((similarity[:, own].mean().item(), (similarity.argmax(1) == own).float().mean().item()))
-    means = {kind: torch.tensor(pairs).mean(0).tolist() for kind, pairs in rows.items()}
-    return [{"kind": kind, "n": len(rows[kind]), "prompts": len(prompts), "clip_score": 100 * cosine,
-             "r_precision": right if len(prompts) > 1 else None} for kind, (cosine, right) in means.items()]
-
-
 # ---- command line ----------------------------------------------------------------------------------------------------------
 
 def sample_all(model, prompts, seed, batch=16):
@@ -306,13 +282,17 @@ def sample_all(model, prompts, seed, batch=16):
     return torch.cat([model.sample(prompts[i:i + batch], elevation=SAMPLED.elevation, seed=seed + i) for i in starts])
 
 
+def read_views(folder):
+    """What distill.py drew in a run's folder: Cameras, views [V, 3, H, W]."""
+    tensors, _ = read_safetensors(Path(folder) / "views.safetensors")
+    return Cameras(tensors["elevation"].item(), tuple(tensors["azimuth"].tolist()), tensors["fov"].item()), tensors["rgb"]
+
+
 def read_run(folder):
     """A folder of distill.py -> (prompt, mode, Cameras, views [V, 3, H, W]). Raises UserError if it is none, or not finished."""
     try:
         config = json.loads((Path(folder) / "config.json").read_bytes())
-        tensors, _ = read_safetensors(Path(folder) / "views.safetensors")
-        cameras = Cameras(tensors["elevation"].item(), tuple(tensors["azimuth"].tolist()), tensors["fov"].item())
-        return config["prompt"], config.get("mode", "3d"), cameras, tensors["rgb"]
+        return config["prompt"], config.get("mode", "3d"), *read_views(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is no finished run of distill.py ({error}): name only folders that hold views.safetensors")
 
@@ -320,8 +300,7 @@ def read_run(folder):
 def judge_with_ceiling(views, things, cameras, seed):
     """Rows of the pictures and rows of real renders of the same Things, judged together, so that candidates are drawn once."""
     things = name_colours(views, things, cameras)
-    small = F.interpolate(views.flatten(0, 1), (2 * SIZE, 2 * SIZE), mode="bilinear", antialias=True, align_corners=False)
-    both = torch.cat([small.unflatten(0, views.shape[:2]), real_views(things, cameras, views.device, seed)])
+    both = torch.cat([as_real(views), real_views(things, cameras, views.device, seed)])
     rows = judge_sets(both, things * 2, cameras, seed, lambda pairs: tqdm(pairs, desc="judging", unit="pair", disable=None))
     return rows[:len(things)], rows[len(things):]
 
@@ -338,11 +317,11 @@ def judge_samples(flags, device):
     """--samples: one report a split."""
     things = [thing for split in SPLITS for thing in draw_things(split, flags.samples, flags.seed)]
     prompts = [toyworld.captions(thing)[0] for thing in things]
-    clip = load_clip(device) if flags.clip else None
+    network = clip.load(device) if flags.clip else None
     model = MVDream.load(flags.model, device, choose_dtype("auto", device))
     views = sample_all(model, prompts, flags.seed)
-    if clip:
-        return judge_by_clip([(SPLITS[i // flags.samples], prompt, views[i]) for i, prompt in enumerate(prompts)], clip)
+    if network:
+        return clip.judge([(SPLITS[i // flags.samples], prompt, views[i]) for i, prompt in enumerate(prompts)], network)
     rows, real = judge_with_ceiling(views, things, SAMPLED, flags.seed)
     reports = []
     for i, split in enumerate(SPLITS):
@@ -367,7 +346,7 @@ def judge_runs(flags, device):
         print(f"left out, no finished run of distill.py: {folder}", file=sys.stderr)
     found = {folder: read_run(folder) for folder in flags.runs if folder not in others}
     if flags.clip:
-        return judge_by_clip([(mode, prompt, views) for prompt, mode, _, views in found.values()], load_clip(device))
+        return clip.judge([(mode, prompt, views) for prompt, mode, _, views in found.values()], clip.load(device))
     groups, reports = {}, {}
     for folder, (prompt, mode, cameras, views) in found.items():
         groups.setdefault((cameras, views.shape), []).append((folder, mode, read_prompt(prompt), views))

@@ -166,3 +166,9 @@ def load_checkpoint(path):
     if "checkpoint" not in header:
         raise UserError(f"{path} is not a checkpoint of a run; --resume continues only what these scripts wrote")
     return fill(json.loads(header["checkpoint"]))
+
+
+def last_checkpoint(out):
+    """What the run in the folder `out` saved last, or None if it was killed before that and starts anew; as `load_checkpoint`."""
+    path = out / "checkpoint.safetensors"
+    return load_checkpoint(path) if path.exists() else None

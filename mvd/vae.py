@@ -7,7 +7,6 @@ stacks of residual blocks with one single-head attention over all pixels at the 
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 

@@ -1,6 +1,5 @@
 """distill.py: what a run leaves behind, killed and interrupted runs against whole ones, bad input, and the step itself."""
 import contextlib
-import dataclasses
 import functools
 import json
 import os
@@ -23,15 +22,12 @@ from mvd import MVDream, cli, mesh, render, run, sds
 from mvd.device import GraphedStep, side_stream
 from mvd.files import read_safetensors, write_safetensors
 from mvd.nerf import NeRF, NeRFConfig
-from test_model import random_model, small_config
+from scripts import Killed, saved_model, status
+from test_model import small_config
 
 SCRIPT = Path(distill.__file__)
 SETTINGS = dict(steps=6, coarse_size=8, fine_size=16, coarse_sets=1, fine_sets=1, budget=1024, levels=2, log2_entries=10, coarsest=4,
                 finest=16, hidden=8, save_every=2, occupancy_every=2, step_size=0.1, negative="asset", density_threshold=5.0)
-
-
-class Killed(BaseException):
-    """As abrupt as a kill can be inside one process: nothing catches it."""
 
 
 @pytest.fixture(scope="session")
@@ -39,10 +35,7 @@ def model_file(tmp_path_factory):
     """A model of a few thousand random weights, 32 pixels, whose header asks for a tiny run."""
     config = small_config()
     config.size, config.distill = 32, SETTINGS
-    model = random_model(config)
-    path = tmp_path_factory.mktemp("model") / "small.safetensors"
-    model.save(path)
-    return path
+    return saved_model(tmp_path_factory.mktemp("model"), config)
 
 
 @pytest.fixture
@@ -56,11 +49,7 @@ def start(model_file, tmp_path, monkeypatch):
 
     def start(out, *flags, prompt="a red bulldog", model=model_file):
         monkeypatch.setattr(sys, "argv", ["distill.py", prompt, "--model", str(model), "--device", "cpu", "--out", str(out), *flags])
-        try:
-            cli.main(distill.main)
-        except SystemExit as end:
-            return end.code
-        return 0
+        return status(distill.main)
     yield start
     signal.signal(signal.SIGINT, handler)
 

@@ -14,13 +14,10 @@ from mvd import MVDream, cli, diffusion, run
 from mvd.errors import UserError
 from mvd.files import write_safetensors
 from mvd.text import IDENTIFIERS
-from test_model import random_model, small_config
+from scripts import Killed, killed_after, saved_model
+from test_model import small_config
 
 PROMPT = "a photo of [v] bulldog"
-
-
-class Killed(BaseException):
-    """As abrupt as a kill can be inside one process: nothing catches it."""
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +27,7 @@ def folder(tmp_path_factory):
     config = small_config()
     config.text.words = tuple(sorted({*config.text.words, *IDENTIFIERS, "of", "photo"}))
     config.dreambooth = {"steps": 6, "batch": 2, "lr": 1e-3}
-    random_model(config).save(folder / "small.safetensors")
+    saved_model(folder, config)
     (folder / "photos").mkdir()
     for i, size in enumerate(((80, 64), (64, 90), (70, 70))):
         image = Image.new("RGBA", size, (200, 60, 40 * i, 255))
@@ -129,16 +126,8 @@ def test_it_learns_the_photos_and_a_strong_preservation_holds_it_back(folder, tm
 @pytest.mark.parametrize("killed_at", [1, 3])                                    # before any checkpoint, and after
 def test_a_killed_run_resumes_bit_for_bit(start, monkeypatch, killed_at, tmp_path):
     whole = start("whole")
-    log = run.log
-
-    def log_then_die(path, **row):
-        log(path, **row)
-        if row["step"] == killed_at:
-            raise Killed
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "log", log_then_die)
-        with pytest.raises(Killed):
-            start("killed")
+    with killed_after(monkeypatch, lambda row: row["step"] == killed_at):
+        start("killed")
     assert start("killed", "--resume") == whole
     assert (tmp_path / "killed" / "log.jsonl").read_bytes() == (tmp_path / "whole" / "log.jsonl").read_bytes()
 

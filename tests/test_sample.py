@@ -10,10 +10,11 @@ import torch
 
 import layouts
 import sample
-from mvd import MVDream, cli, run
+from mvd import MVDream
 from mvd.files import write_safetensors
 from mvd.pictures import grid
-from test_model import random_model, small_config
+from scripts import saved_model, status
+from test_model import small_config
 from toy_data import read_png
 
 SCRIPT = Path(sample.__file__)
@@ -21,10 +22,7 @@ SCRIPT = Path(sample.__file__)
 
 @pytest.fixture(scope="module")
 def model_file(tmp_path_factory):
-    model = random_model(small_config())
-    path = tmp_path_factory.mktemp("model") / "small.safetensors"
-    model.save(path)
-    return path
+    return saved_model(tmp_path_factory.mktemp("model"), small_config())
 
 
 @pytest.fixture
@@ -34,11 +32,7 @@ def start(model_file, tmp_path, monkeypatch):
 
     def start(*flags, prompt="a red bulldog"):
         monkeypatch.setattr(sys, "argv", ["sample.py", prompt, "--model", str(model_file), "--device", "cpu", "--steps", "2", *flags])
-        try:
-            cli.main(sample.main)
-        except SystemExit as end:
-            return end.code
-        return 0
+        return status(sample.main)
     return start
 
 

@@ -16,7 +16,7 @@ from mvd import MVDream, toyworld
 from mvd.animals import PAINTS, SLOT
 from mvd.cameras import orbit
 from mvd.errors import UserError
-from mvd.sdf import NOTHING, paint, render
+from mvd.sdf import paint, render
 from mvd.solids import distance
 from mvd.toyworld import (ACCESSORIES, COLOURS, NATURAL, ORIENTED, SUBJECTS, Item, Thing, build, captions, draw, pairs, palette,
                           plan, split, write)

@@ -12,11 +12,8 @@ import train
 from mvd import MVDream, diffusion, run
 from mvd.errors import UserError
 from mvd.model import PRESETS
+from scripts import killed_after
 from test_model import small_config
-
-
-class Killed(BaseException):
-    """As abrupt as a kill can be inside one process: nothing catches it."""
 
 
 @pytest.fixture
@@ -38,16 +35,8 @@ def start(tmp_path, monkeypatch):
 @pytest.mark.parametrize("killed_at", [1, 3, 7, 9])                              # before any checkpoint, and in either phase
 def test_a_killed_run_resumes_bit_for_bit(start, monkeypatch, killed_at, tmp_path):
     whole = start("whole")
-    log = run.log
-
-    def log_then_die(path, **row):
-        log(path, **row)
-        if row["step"] == killed_at:
-            raise Killed
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "log", log_then_die)
-        with pytest.raises(Killed):
-            start("killed")
+    with killed_after(monkeypatch, lambda row: row["step"] == killed_at):
+        start("killed")
     assert start("killed", "--resume") == whole
     steps = [[row["step"] for row in run.read_log(tmp_path / out / "log.jsonl")] for out in ("whole", "killed")]
     assert steps[0] == steps[1]
@@ -80,16 +69,8 @@ def test_from_stable_diffusion_only_the_unet_learns(start, tmp_path, monkeypatch
     assert (config["vae_steps"], config["lr"], config["batch"]) == (0, 1e-5, 1)
     assert {row["phase"] for row in run.read_log(tmp_path / "run" / "log.jsonl")} == {"unet"}
 
-    log = run.log
-
-    def log_then_die(path, **row):
-        log(path, **row)
-        if row["step"] == 3:
-            raise Killed
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "log", log_then_die)
-        with pytest.warns(UserWarning, match="cameras"), pytest.raises(Killed):
-            start("killed", "--init", str(tmp_path / "sd.ckpt"))
+    with pytest.warns(UserWarning, match="cameras"), killed_after(monkeypatch, lambda row: row["step"] == 3):
+        start("killed", "--init", str(tmp_path / "sd.ckpt"))
     with pytest.warns(UserWarning, match="cameras"):
         assert start("killed", "--init", str(tmp_path / "sd.ckpt"), "--resume") == whole
 
@@ -126,16 +107,8 @@ def test_fit_is_adamw_with_an_average_of_the_weights(tmp_path, monkeypatch):
 
 def test_the_autoencoder_is_kept_when_its_phase_ends(start, monkeypatch, tmp_path):
     """Killed in the second phase before its first checkpoint: the first phase is not done again."""
-    log = run.log
-
-    def log_then_die(path, **row):
-        log(path, **row)
-        if row["phase"] == "unet":
-            raise Killed
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "log", log_then_die)
-        with pytest.raises(Killed):
-            start("killed", "--save-every", "3")
+    with killed_after(monkeypatch, lambda row: row["phase"] == "unet"):
+        start("killed", "--save-every", "3")
     state = run.load_checkpoint(tmp_path / "killed" / "checkpoint.safetensors")
     assert (state["phase"], state["step"]) == ("vae", 4)
 
