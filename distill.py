@@ -8,121 +8,23 @@ same network without cameras, as DreamFusion does: compare the faces. Ctrl-C or 
 """
 import json
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from mvd import cameras, cli, mesh, pictures, render, run, sds
-from mvd.device import GraphedStep, choose_device, choose_dtype, load_optimizer, random_state, set_random_state, side_stream
+from mvd.device import (GraphedStep, can_compile, choose_device, choose_dtype, load_optimizer, random_state, set_random_state,
+                        side_stream)
 from mvd.errors import UserError
 from mvd.files import write_safetensors
 from mvd.model import MVDream
-from mvd.nerf import NeRF, NeRFConfig
+from mvd.sds import Settings
 
-NEGATIVE = ("ugly, bad anatomy, blurry, pixelated obscure, unnatural colors, poor lighting, dull, and unclear, cropped, lowres, "
-            "low quality, artifacts, duplicate, morbid, mutilated, poorly drawn face, deformed, dehydrated, bad proportions")
-
-
-@dataclass
-class Settings:
-    """The defaults are the released ones, for the full-size model; a model's header may hold others (`ModelConfig.distill`)."""
-    prompt: str = field(metadata={"help": "what to make, in quotes", "positional": True})
-    model: str = field(default="tiny", metadata={"help": "tiny, mvdream-sd21, sd21, or the path of a checkpoint"})
-    mode: str = field(default="3d", metadata={"help": "3d: multi-view distillation; 2d: every view alone", "choices": ("3d", "2d")})
-    out: str | None = field(default=None, metadata={"help": "folder of the run (default: runs/<prompt>)"})
-    resume: bool = field(default=False, metadata={"help": "go on from the run's checkpoint"})
-    device: str = field(default="auto", metadata={"help": "cuda, mps or cpu; auto takes the best"})
-    dtype: str = field(default="auto", metadata={"help": "of the model; auto: bfloat16 on cuda, else float32",
-                                                 "choices": ("auto", "float32", "bfloat16", "float16")})
-    seed: int = field(default=0, metadata={"help": "of everything random", "min": 0, "max": 2 ** 63 - 1})
-    steps: int = field(default=10000, metadata={"help": "optimisation steps; every schedule is a share of them", "min": 1})
-    save_every: int = field(default=250, metadata={"help": "steps between checkpoints", "min": 1})
-    # what the model is asked
-    negative: str = field(default=NEGATIVE, metadata={"help": "negative prompt"})
-    suffix: str = field(default="", metadata={"help": "what is added to the prompt in 3d mode"})
-    guidance: float = field(default=50.0, metadata={"help": "guidance scale", "min": 0})
-    rescale: float = field(default=0.5, metadata={"help": "guidance rescale of the x0 loss", "min": 0, "max": 1})
-    loss: str = field(default="x0", metadata={"help": "x0: reconstruction of the predicted latents; sds: the classic gradient",
-                                              "choices": ("x0", "sds")})
-    t_start: float = field(default=0.98, metadata={"help": "time at the start, of 1", "min": 0, "max": 1})
-    t_min: float = field(default=0.02, metadata={"help": "least time at the end", "min": 0, "max": 1})
-    t_max: float = field(default=0.50, metadata={"help": "greatest time at the end", "min": 0, "max": 1})
-    anneal: float = field(default=0.8, metadata={"help": "share of the run over which the times fall", "min": 0.001, "max": 1})
-    # pictures
-    coarse_size: int = field(default=64, metadata={"help": "pixels of a rendering at first", "min": 8})
-    coarse_sets: int = field(default=2, metadata={"help": "sets of four views in a batch at first", "min": 1})
-    fine_size: int = field(default=256, metadata={"help": "pixels of a rendering later", "min": 8})
-    fine_sets: int = field(default=1, metadata={"help": "sets of four views in a batch later", "min": 1})
-    fine_from: float = field(default=0.5, metadata={"help": "share of the run after which the later size is used", "min": 0, "max": 1})
-    budget: int = field(default=1 << 21, metadata={"help": "samples of the field in a step", "min": 1024})
-    step_size: float = field(default=render.DIAGONAL / 512, metadata={"help": "distance between samples", "min": 0.001, "max": 0.2})
-    random_background: float = field(default=0.5, metadata={"help": "share of steps with one random colour behind instead of the "
-                                                                    "learned environment", "min": 0, "max": 1})
-    grey_background: bool = field(default=False, metadata={"help": "the random colours are greys"})
-    shading: bool = field(default=False, metadata={"help": "point light, textureless steps and orientation loss"})
-    shading_from: float = field(default=0.5, metadata={"help": "share of the run before the light goes on", "min": 0, "max": 1})
-    # the field
-    levels: int = field(default=16, metadata={"help": "levels of the hash grid", "min": 1})
-    log2_entries: int = field(default=19, metadata={"help": "entries of a level, as a power of two", "min": 8, "max": 24})
-    coarsest: int = field(default=16, metadata={"help": "cells along the coarsest level", "min": 2})
-    finest: int = field(default=4096, metadata={"help": "cells along the finest level", "min": 2})
-    hidden: int = field(default=64, metadata={"help": "width of the field's networks", "min": 1})
-    blob_strength: float = field(default=10.0, metadata={"help": "density that the centre starts with"})
-    lr_grid: float = field(default=0.01, metadata={"help": "learning rate of the hash grid", "min": 0})
-    lr: float = field(default=0.001, metadata={"help": "learning rate of the networks", "min": 0})
-    occupancy_every: int = field(default=16, metadata={"help": "steps between visits to the occupancy grid", "min": 1})
-    occupancy_warm_up: float = field(default=0.0256, metadata={"help": "share of the run in which a visit takes in every cell",
-                                                               "min": 0, "max": 1})
-    density_threshold: float = field(default=25.0, metadata={"help": "density at the mesh's surface", "min": 0})
-
-
-VIEWS = 4
 PICTURE_GREY = 0.8                               # behind the results
-ORIENTATION = (10.0, 1000.0)                     # weight of the orientation loss, first and from `shading_from` on
 LOG_EVERY = 10
-
-
-def make_step(s, model, nerf, occupancy, optimizer, context, low, high, light, orientation, size, sets):
-    """One optimisation step with shapes that never change: a function that returns the loss, without waiting for the device.
-
-    context [2, L, D]: prompt and negative prompt. low, high (range of t), light (0 or 1), orientation (weight): tensors [],
-    which the schedule fills in between steps.
-    """
-    device = context.device
-    context = context.repeat_interleave(sets, 0)                                 # [2·sets, L, D]
-
-    def step():
-        c2w, fov = sds.draw_cameras(sets, VIEWS, device)                         # [sets, V, 4, 4] [sets]
-        origins, directions = cameras.rays(c2w, fov[:, None].expand(sets, VIEWS), size)
-        origins, directions = origins.reshape(-1, 3), directions.reshape(-1, 3)  # [R, 3]
-        colour = torch.rand(1 if s.grey_background else 3, device=device).expand(3)
-        plain = torch.rand((), device=device) < s.random_background
-        background = torch.where(plain, colour, nerf.background(directions))     # [R, 3]
-        shading = None
-        if s.shading:                                                            # albedo 25%, diffuse 37.5%, textureless 37.5%
-            kind, softness = torch.rand(2, device=device).unbind()
-            lamp = render.draw_light(c2w[..., :3, 3])[..., None, :].expand(-1, -1, size * size, -1).reshape(-1, 3)
-            shading = render.Shading(lamp, softness * (kind > 0.25) * light, (kind > 0.625) * light)
-        seen = render.render(nerf, occupancy, origins, directions, background, s.budget, s.step_size, shading=shading)
-        images = seen.rgb.view(sets * VIEWS, size, size, 3).movedim(-1, 1)       # [sets·V, 3, H, W]
-        images = F.interpolate(images, (model.config.size,) * 2, mode="bilinear", antialias=size > model.config.size)
-        images = (2 * images - 1).unflatten(0, (sets, VIEWS))
-        latents = model.encode(images, sample=True)                              # [sets, V, c, h, w]
-        t = sds.draw_time(low, high, sets, device)
-        camera = cameras.camera_numbers(c2w) if s.mode == "3d" else None
-        loss = sds.loss(model.unet, latents, t, context, camera, s.guidance, s.rescale, s.loss)
-        total = loss
-        if s.shading:
-            ray_directions = directions[seen.samples.ray]                        # [S, 3]
-            total = loss + orientation * render.orientation_loss(seen.weights, seen.normals, ray_directions, seen.opacity)
-        optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        optimizer.step()
-        return loss.detach()
-
-    return step
+FIRST_LOOK = 20                                  # steps before the first picture, and before anything is compiled
 
 
 def look(s, nerf, occupancy, azimuths, size, normals=False, elevation=15.0, fov=40.0):
@@ -161,17 +63,11 @@ def distill(s, model, out, state=None):
     """The loop. state: what the checkpoint held, or None. Returns (nerf, occupancy, steps done), which are fewer than s.steps after
     Ctrl-C; the checkpoint is written. Raises UserError if the state is of another field, and then has changed no file."""
     device = model.device
-    cuda = device.type == "cuda"
     prompts = [s.prompt + (s.suffix if s.mode == "3d" else ""), s.negative]
     with torch.no_grad():
         context = model.embed(prompts)                                           # [2, L, D]
     torch.manual_seed(s.seed)
-    nerf = NeRF(NeRFConfig(levels=s.levels, log2_entries=s.log2_entries, coarsest=s.coarsest, finest=s.finest, hidden=s.hidden,
-                           blob_strength=s.blob_strength)).to(device)
-    occupancy = render.OccupancyGrid().to(device)
-    networks = [p for name, p in nerf.named_parameters() if not name.startswith("grid.")]
-    optimizer = torch.optim.AdamW([{"params": list(nerf.grid.parameters()), "lr": s.lr_grid}, {"params": networks, "lr": s.lr}],
-                                  betas=(0.9, 0.99), eps=1e-15, capturable=cuda)
+    nerf, occupancy, optimizer = sds.make_field(s, device)
     start = 0
     if state:
         shapes, wanted = ({name: tensor.shape for name, tensor in f.items()} for f in (state.get("nerf", {}), nerf.state_dict()))
@@ -189,27 +85,31 @@ def distill(s, model, out, state=None):
             "step": step, "nerf": nerf.state_dict(), "occupancy": occupancy.state_dict(), "optimizer": optimizer.state_dict(),
             "random": random_state()})
 
-    low, high, light, orientation = (torch.zeros((), device=device) for _ in range(4))
-    scheduled = (low, high, light, orientation)
-    coarse, fine = (GraphedStep(make_step(s, model, nerf, occupancy, optimizer, context, *scheduled, size, sets), device)
-                    for size, sets in ((s.coarse_size, s.coarse_sets), (s.fine_size, s.fine_sets)))
-    show_every = max(1, s.steps // 20)
+    stages = [sds.Stage(s.coarse_size, s.coarse_sets, s.coarse_budget), sds.Stage(s.fine_size, s.fine_sets, s.fine_budget)]
+    schedule, now, graphed = sds.Schedule(device), None, None
+    visits = {everywhere: GraphedStep(partial(occupancy.update, nerf.density, s.step_size, everywhere), device)
+              for everywhere in (True, False)}
+    show_every, compiler = max(1, s.steps // 20), s.compile and can_compile(device)
     with cli.interrupt_flag() as interrupted, side_stream(device):
         bar = tqdm(range(start, s.steps), initial=start, total=s.steps, desc=s.prompt)
         for step in bar:
             progress = step / s.steps
-            for value, tensor in zip(sds.time_range(progress, (s.t_start, s.t_min), (s.t_start, s.t_max), s.anneal), (low, high)):
-                tensor.fill_(value)
-            light.fill_(progress >= s.shading_from)
-            orientation.fill_(ORIENTATION[0] + (ORIENTATION[1] - ORIENTATION[0]) * min(1.0, progress / max(s.shading_from, 1e-9)))
+            stage, compiled = stages[progress >= s.fine_from], compiler and step >= FIRST_LOOK
+            if (stage, compiled) != now:                                         # the first step, or now larger, or now compiled
+                if compiled and not (now and now[1]):
+                    model.compile_networks()
+                now, graphed = (stage, compiled), None                           # the earlier step's memory is free
+                graphed = GraphedStep(sds.make_step(replace(s, compile=compiled), model, nerf, occupancy, optimizer, context,
+                                                    schedule, stage), device)
+            schedule.set(s, progress)
             if step % s.occupancy_every == 0:
-                occupancy.update(nerf.density, s.step_size, everywhere=progress < s.occupancy_warm_up)
-            loss = (coarse if progress < s.fine_from else fine)()
+                visits[progress < s.occupancy_warm_up]()
+            loss = graphed()
             done = step + 1
             if done % LOG_EVERY == 0 or done == s.steps:
-                run.log(out / "log.jsonl", step=done, loss=loss.item(), t_low=low.item(), t_high=high.item())
+                run.log(out / "log.jsonl", step=done, loss=loss.item(), t_low=schedule.low.item(), t_high=schedule.high.item())
                 bar.set_postfix(loss=f"{loss.item():.2f}")
-            if done % show_every == 0:
+            if done % show_every == 0 or done == FIRST_LOOK:
                 four, _ = look(s, nerf, occupancy, [0.0, 90.0, 180.0, 270.0], s.coarse_size)
                 pictures.save_png(out / "progress" / f"{done:06d}.png", pictures.grid(four.rgb, 4))
             if done % s.save_every == 0 or done == s.steps or interrupted.is_set():

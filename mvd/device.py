@@ -1,6 +1,9 @@
 """Where the work runs: the device, its number format, its random numbers, and steps captured as CUDA graphs."""
 import contextlib
 import ctypes
+import importlib.util
+import os
+import shutil
 import sys
 
 import torch
@@ -23,6 +26,12 @@ def choose_device(name):
 def choose_dtype(name, device):
     """"auto" -> bfloat16 on CUDA, else float32; or the dtype of that name."""
     return getattr(torch, name if name != "auto" else "bfloat16" if device.type == "cuda" else "float32")
+
+
+def can_compile(device):
+    """Whether torch.compile pays and works here: on CUDA, with Triton and a C compiler, which Triton needs."""
+    compilers = (os.environ.get("CC", "cc"), "gcc", "clang")
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None and any(map(shutil.which, compilers))
 
 
 def random_state():

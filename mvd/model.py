@@ -48,7 +48,8 @@ PRESETS = {
         size=128, guidance=4.0,
         distill=dict(steps=400, save_every=25, guidance=5.0, t_max=0.3, negative="",
                      suffix=", 3d asset",                                       # all captions of its 3D training had it
-                     coarse_size=32, coarse_sets=1, fine_size=64, fine_sets=1, budget=49152, step_size=0.027,
+                     coarse_size=32, coarse_sets=1, fine_size=64, fine_sets=1,
+                     coarse_budget=49152, fine_budget=49152, step_size=0.027, compile=False,
                      random_background=1.0, grey_background=True,                # what it was trained on
                      levels=8, log2_entries=15, coarsest=8, finest=128, lr_grid=0.02, lr=0.005, occupancy_every=8,
                      density_threshold=10.0),
@@ -146,6 +147,13 @@ class MVDream(nn.Module):
             write_atomic(path, lambda file: torch.save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, file))
         else:
             write_safetensors(path, tensors, {"mvd": json.dumps(asdict(self.config))})
+
+    def compile_networks(self):
+        """Let torch.compile fuse the operations of UNet and autoencoder when they run next, in place; that takes a minute or two. The
+        weights are laid out as a GPU's fast convolutions want them, channels last."""
+        self.to(memory_format=torch.channels_last)
+        for network in (self.unet, self.vae.encoder, self.vae.decoder):
+            network.compile(dynamic=False)
 
     def embed(self, prompts):
         """B prompts -> context [B, L, D]."""

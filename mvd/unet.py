@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .groupnorm import GroupNorm
+
 
 @dataclass
 class UNetConfig:
@@ -60,10 +62,10 @@ class ResBlock(nn.Module):
 
     def __init__(self, width_in, width, embedding_width, groups):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, width_in)
+        self.norm1 = GroupNorm(groups, width_in)
         self.conv1 = nn.Conv2d(width_in, width, 3, padding=1)
         self.embed = nn.Linear(embedding_width, width)
-        self.norm2 = nn.GroupNorm(groups, width)
+        self.norm2 = GroupNorm(groups, width)
         self.conv2 = zeroed(nn.Conv2d(width, width, 3, padding=1))
         self.skip = nn.Conv2d(width_in, width, 1) if width_in != width else nn.Identity()
 
@@ -97,7 +99,7 @@ class MultiViewTransformer(nn.Module):
 
     def __init__(self, width, context_width, head_dim, groups):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, width, eps=1e-6)
+        self.norm = GroupNorm(groups, width, eps=1e-6)
         self.proj_in = nn.Linear(width, width)
         self.norm1, self.self_attention = nn.LayerNorm(width), Attention(width, width, head_dim)
         self.norm2, self.cross_attention = nn.LayerNorm(width), Attention(width, context_width, head_dim)
@@ -198,7 +200,7 @@ class MultiViewUNet(nn.Module):
                                           up=Upsample(mult * config.model_channels) if last and level > 0 else None))
                 width = mult * config.model_channels
 
-        self.norm_out = nn.GroupNorm(config.groups, width)
+        self.norm_out = GroupNorm(config.groups, width)
         self.conv_out = zeroed(nn.Conv2d(width, config.out_channels, 3, padding=1))
 
     def forward(self, x, t, context, camera=None):

@@ -14,20 +14,18 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import distill
-from mvd import MVDream, cli, mesh, render, run, sds
-from mvd.device import GraphedStep, side_stream
+from mvd import cli, mesh, run, sds
 from mvd.files import read_safetensors, write_safetensors
 from mvd.nerf import NeRF, NeRFConfig
 from scripts import Killed, saved_model, status
 from test_model import small_config
 
 SCRIPT = Path(distill.__file__)
-SETTINGS = dict(steps=6, coarse_size=8, fine_size=16, coarse_sets=1, fine_sets=1, budget=1024, levels=2, log2_entries=10, coarsest=4,
-                finest=16, hidden=8, save_every=2, occupancy_every=2, step_size=0.1, negative="asset", density_threshold=5.0)
+SETTINGS = dict(steps=6, coarse_size=8, fine_size=16, coarse_sets=1, fine_sets=1, coarse_budget=1024, fine_budget=1024, levels=2,
+                log2_entries=10, coarsest=4, finest=16, hidden=8, save_every=2, occupancy_every=2, step_size=0.1, negative="asset",
+                density_threshold=5.0, compile=False)
 
 
 @pytest.fixture(scope="session")
@@ -112,16 +110,17 @@ def test_without_a_surface_there_is_a_line_and_no_mesh(start, tmp_path, capsys):
 
 
 def test_resolution_light_and_orientation_follow_the_schedule(start, monkeypatch):
-    make_step, calls = distill.make_step, []
+    make_step, calls = sds.make_step, []
 
-    def recording(s, model, nerf, occupancy, optimizer, context, low, high, light, orientation, size, sets):
-        step = make_step(s, model, nerf, occupancy, optimizer, context, low, high, light, orientation, size, sets)
+    def recording(*given):
+        *_, schedule, stage = given
+        step = make_step(*given)
 
         def recorded():
-            calls.append((size, sets, light.item(), orientation.item()))
+            calls.append((stage.size, stage.sets, schedule.light.item(), schedule.orientation.item()))
             return step()
         return recorded
-    monkeypatch.setattr(distill, "make_step", recording)
+    monkeypatch.setattr(sds, "make_step", recording)
     assert start("run", "--shading", "--coarse-sets", "2", "--fine-from", "0.3", "--steps", "4") == 0
     assert calls == [(8, 2, 0, 10), (8, 2, 0, 505), (16, 1, 1, 1000), (16, 1, 1, 1000)]
 
@@ -187,7 +186,7 @@ def die_after(patch, moment, step):
     (["--mode", "2d"], 1, "log", 3),
     (["--shading", "--shading-from", "0.4"], 1, "log", 3),
     # A million look-ups in the grid, so many that threads would add them up in another order each time, were they allowed to.
-    (["--shading", "--loss", "sds", "--steps", "2", "--save-every", "1", "--coarse-size", "32", "--budget", "65536"], 2, "save", 1),
+    (["--shading", "--loss", "sds", "--steps", "2", "--save-every", "1", "--coarse-size", "32", "--coarse-budget", "65536"], 2, "save", 1),
 ], ids=lambda v: " ".join(v) if isinstance(v, list) else None)
 def test_a_killed_run_resumes_bit_for_bit(start, monkeypatch, whole, flags, threads, moment, step, tmp_path):
     torch.set_num_threads(threads)
@@ -353,131 +352,3 @@ def test_unknown_words_are_named_once_in_one_clean_line(start, capsys):
     err = capsys.readouterr().err
     warnings = [line for line in err.replace("\r", "\n").splitlines() if line and "%|" not in line]        # not the progress bar's
     assert warnings == ["warning: the model does not know wombat, and: left out; it knows: 3d a asset bulldog red"]
-
-# ---------------------------------------------------------------------------------------------------- the step
-
-
-def parts(model_file, device="cpu", **settings):
-    """(step, nerf, occupancy, settings) as distill.distill makes them, in the middle of a run."""
-    s = distill.Settings("a red bulldog", **{**SETTINGS, **settings})
-    model = MVDream.load(model_file)
-    context = model.embed([s.prompt, s.negative]).to(device)
-    model = model.to(device)
-    torch.manual_seed(s.seed)
-    nerf = NeRF(NeRFConfig(levels=s.levels, log2_entries=s.log2_entries, coarsest=s.coarsest, finest=s.finest, hidden=s.hidden))
-    torch.nn.init.normal_(nerf.grid.table, std=0.5)                              # its own U(±1e-4) would hide what depends on it
-    nerf, occupancy = nerf.to(device), render.OccupancyGrid().to(device)
-    if device != "meta":
-        occupancy.update(nerf.density, s.step_size, everywhere=True)
-    optimizer = (torch.optim.SGD(nerf.parameters(), lr=1e-3) if device == "meta" else
-                 torch.optim.AdamW(nerf.parameters(), lr=0.01, eps=1e-15, capturable=device == "cuda"))
-    low, high, light, orientation = (torch.tensor(v, device=device) for v in (0.4, 0.6, 1.0, 1000.0))
-    step = distill.make_step(s, model, nerf, occupancy, optimizer, context, low, high, light, orientation, s.coarse_size, s.coarse_sets)
-    return step, nerf, occupancy, orientation
-
-
-GROUPS = ("grid.", "to_density.", "to_albedo.", "to_background.")
-
-
-def gradients(nerf):
-    """The largest gradient in each part of the field."""
-    return {g: max(p.grad.abs().max().item() for name, p in nerf.named_parameters() if name.startswith(g)) for g in GROUPS}
-
-
-@pytest.mark.parametrize("loss", ["x0", "sds"])
-@pytest.mark.parametrize("mode", ["3d", "2d"])
-def test_a_step_reaches_every_part_of_the_field(model_file, loss, mode):
-    step, nerf, _, _ = parts(model_file, loss=loss, mode=mode, random_background=0.0)
-    before = {name: p.detach().clone() for name, p in nerf.named_parameters()}
-    assert torch.isfinite(step()) and min(gradients(nerf).values()) > 0
-    assert all(not torch.equal(p, before[name]) for name, p in nerf.named_parameters())
-
-
-def test_the_losses_differ_and_so_do_their_gradients(model_file):
-    tables = []
-    for loss in ("x0", "sds"):
-        step, nerf, _, _ = parts(model_file, loss=loss)
-        step()
-        tables.append(nerf.grid.table.grad)
-    assert not torch.allclose(*tables)
-
-
-def test_random_background_replaces_the_environment_in_that_share_of_the_steps(model_file):
-    for share, steps, least, most in ((0.0, 4, 4, 4), (0.5, 16, 4, 12), (1.0, 4, 0, 0)):
-        step, nerf, _, _ = parts(model_file, random_background=share)
-        environment = 0
-        for _ in range(steps):
-            step()
-            environment += gradients(nerf)["to_background."] > 0
-        assert least <= environment <= most
-
-
-def test_backgrounds_are_one_colour_or_one_grey(model_file, monkeypatch):
-    seen, draw = [], render.render
-
-    def recording(nerf, occupancy, origins, directions, background, *rest, **more):
-        seen.append(background.detach())
-        return draw(nerf, occupancy, origins, directions, background, *rest, **more)
-    monkeypatch.setattr(render, "render", recording)
-    for grey in (False, True):
-        parts(model_file, random_background=1.0, grey_background=grey)[0]()
-        assert (seen[-1] == seen[-1][0]).all() and (seen[-1][0] == seen[-1][0, 0]).all() == grey
-
-
-def test_shading_draws_textureless_steps_and_adds_the_orientation_loss(model_file):
-    step, nerf, _, orientation = parts(model_file, shading=True)
-    albedo = []
-    for _ in range(16):
-        assert torch.isfinite(step())
-        albedo.append(gradients(nerf)["to_albedo."] > 0)
-        assert gradients(nerf)["grid."] > 0
-    assert 7 <= sum(albedo) <= 13                                                # 62.5% of the steps show the albedo
-    losses, tables = [], []
-    for weight in (0.0, 1000.0):                                                 # the same draws
-        step, nerf, _, orientation = parts(model_file, shading=True)
-        orientation.fill_(weight)
-        losses.append(step())
-        tables.append(nerf.grid.table.grad)
-    assert torch.equal(*losses) and not torch.allclose(*tables)
-
-
-@pytest.mark.parametrize("settings", [{}, {"shading": True, "mode": "2d", "grey_background": True, "loss": "sds"}])
-def test_a_step_has_static_shapes_and_copies_nothing_to_the_device(model_file, settings):
-    """On PyTorch's device without data, whatever a shape would depend on does not exist, and reading a number raises. A tensor that
-    is made of Python numbers there shows as lift_fresh, one that is copied as an operation with a tensor of the CPU."""
-    step, *_ = parts(model_file, "meta", **settings)
-    step()                                                                       # the noise schedule is copied once
-    copies = []
-
-    class Watch(TorchDispatchMode):
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            result = function(*args, **(kwargs or {}))
-            tensors = [t for t in tree_leaves((args, result)) if isinstance(t, torch.Tensor)]
-            if "lift_fresh" in str(function) and result.is_meta or len({t.is_meta for t in tensors}) > 1:
-                copies.append(str(function))
-            return result
-    with Watch():
-        assert step().shape == ()
-    assert copies == []
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("settings", [{}, {"shading": True, "mode": "2d", "grey_background": True, "loss": "sds"}])
-def test_a_step_on_cuda_never_waits(model_file, settings):
-    """Eager and as a CUDA graph: neither asks the host for anything, and both train."""
-    step, nerf, *_ = parts(model_file, "cuda", **settings)
-    stepper = GraphedStep(step, torch.device("cuda"))
-    with side_stream(torch.device("cuda")):
-        for calls in (2, 4):                                                     # eager, then captured
-            for _ in range(calls):
-                stepper()
-            before = nerf.grid.table.detach().clone()
-            torch.cuda.synchronize()
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                loss = stepper()
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-            assert torch.isfinite(loss) and not torch.equal(nerf.grid.table, before)
-            assert (stepper.graph is not None) == (calls == 4)

@@ -1,11 +1,16 @@
-"""The distillation loss against its formula, and the random draws against their ranges."""
+"""The distillation loss against its formula, the random draws against their ranges, and the step itself."""
 import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from mvd import diffusion, sds
+from mvd import MVDream, diffusion, render, sds
+from mvd.device import GraphedStep, side_stream
 from mvd.unet import MultiViewUNet, UNetConfig
+from scripts import saved_model
+from test_model import small_config
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +97,172 @@ def test_cameras_are_where_the_paper_puts_them():
     u = 1 / 3
     mean = math.degrees((u * math.asin(u) + math.sqrt(1 - u * u) - 1) / u)
     assert abs(elevation[:, 0].mean() - (15 + mean) / 2) < 0.4
+
+# ---------------------------------------------------------------------------------------------------- the step
+
+
+SETTINGS = dict(levels=2, log2_entries=10, coarsest=4, finest=16, hidden=8, step_size=0.1, negative="asset", compile=False)
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory):
+    """A model of a few thousand random weights, 32 pixels."""
+    config = small_config()
+    config.size = 32
+    return saved_model(tmp_path_factory.mktemp("model"), config)
+
+
+def parts(model_file, device="cpu", stage=sds.Stage(8, 1, 1024), **settings):
+    """(step, nerf, schedule) as distill.py makes them, in the middle of a run."""
+    s = sds.Settings("a red bulldog", **{**SETTINGS, **settings})
+    model = MVDream.load(model_file)
+    context = model.embed([s.prompt, s.negative]).to(device)
+    model = model.to(device)
+    torch.manual_seed(s.seed)
+    nerf, occupancy, optimizer = sds.make_field(s, "cpu")
+    torch.nn.init.normal_(nerf.grid.table, std=0.5)                              # its own U(±1e-4) would hide what depends on it
+    if device != "meta":
+        occupancy.update(nerf.density, s.step_size, everywhere=True)
+    if device != "cpu":
+        kept = {**nerf.state_dict(), **occupancy.state_dict()}
+        nerf, occupancy, optimizer = sds.make_field(s, device)
+        if device == "meta":
+            optimizer = torch.optim.SGD(nerf.parameters(), lr=1e-3)              # AdamW would read its count of steps
+        else:
+            nerf.load_state_dict({name: kept[name] for name in nerf.state_dict()})
+            occupancy.load_state_dict({name: kept[name] for name in occupancy.state_dict()})
+    schedule = sds.Schedule(device)
+    for value, tensor in zip((0.4, 0.6, 1.0, 1000.0), (schedule.low, schedule.high, schedule.light, schedule.orientation)):
+        tensor.fill_(value)
+    if s.compile:
+        model.compile_networks()
+    return sds.make_step(s, model, nerf, occupancy, optimizer, context, schedule, stage), nerf, schedule
+
+
+GROUPS = ("grid.", "to_density.", "to_albedo.", "to_background.")
+
+
+def gradients(nerf):
+    """The largest gradient in each part of the field."""
+    return {g: max(p.grad.abs().max().item() for name, p in nerf.named_parameters() if name.startswith(g)) for g in GROUPS}
+
+
+@pytest.mark.parametrize("loss", ["x0", "sds"])
+@pytest.mark.parametrize("mode", ["3d", "2d"])
+def test_a_step_reaches_every_part_of_the_field(model_file, loss, mode):
+    step, nerf, _ = parts(model_file, loss=loss, mode=mode, random_background=0.0)
+    before = {name: p.detach().clone() for name, p in nerf.named_parameters()}
+    assert torch.isfinite(step()) and min(gradients(nerf).values()) > 0
+    assert all(not torch.equal(p, before[name]) for name, p in nerf.named_parameters())
+
+
+def test_the_losses_differ_and_so_do_their_gradients(model_file):
+    tables = []
+    for loss in ("x0", "sds"):
+        step, nerf, _ = parts(model_file, loss=loss)
+        step()
+        tables.append(nerf.grid.table.grad)
+    assert not torch.allclose(*tables)
+
+
+def test_random_background_replaces_the_environment_in_that_share_of_the_steps(model_file):
+    for share, steps, least, most in ((0.0, 4, 4, 4), (0.5, 16, 4, 12), (1.0, 4, 0, 0)):
+        step, nerf, _ = parts(model_file, random_background=share)
+        environment = 0
+        for _ in range(steps):
+            step()
+            environment += gradients(nerf)["to_background."] > 0
+        assert least <= environment <= most
+
+
+def test_backgrounds_are_one_colour_or_one_grey(model_file, monkeypatch):
+    seen, draw = [], render.render
+
+    def recording(nerf, occupancy, origins, directions, background, *rest, **more):
+        seen.append(background.detach())
+        return draw(nerf, occupancy, origins, directions, background, *rest, **more)
+    monkeypatch.setattr(render, "render", recording)
+    for grey in (False, True):
+        parts(model_file, random_background=1.0, grey_background=grey)[0]()
+        assert (seen[-1] == seen[-1][0]).all() and (seen[-1][0] == seen[-1][0, 0]).all() == grey
+
+
+def test_shading_draws_textureless_steps_and_adds_the_orientation_loss(model_file):
+    step, nerf, schedule = parts(model_file, shading=True)
+    albedo = []
+    for _ in range(16):
+        assert torch.isfinite(step())
+        albedo.append(gradients(nerf)["to_albedo."] > 0)
+        assert gradients(nerf)["grid."] > 0
+    assert 7 <= sum(albedo) <= 13                                                # 62.5% of the steps show the albedo
+    losses, tables = [], []
+    for weight in (0.0, 1000.0):                                                 # the same draws
+        step, nerf, schedule = parts(model_file, shading=True)
+        schedule.orientation.fill_(weight)
+        losses.append(step())
+        tables.append(nerf.grid.table.grad)
+    assert torch.equal(*losses) and not torch.allclose(*tables)
+
+
+@pytest.mark.parametrize("settings", [{}, {"shading": True, "mode": "2d", "grey_background": True, "loss": "sds"}])
+def test_a_step_has_static_shapes_and_copies_nothing_to_the_device(model_file, settings):
+    """On PyTorch's device without data, whatever a shape would depend on does not exist, and reading a number raises. A tensor that
+    is made of Python numbers there shows as lift_fresh, one that is copied as an operation with a tensor of the CPU."""
+    step, *_ = parts(model_file, "meta", **settings)
+    step()                                                                       # the noise schedule is copied once
+    copies = []
+
+    class Watch(TorchDispatchMode):
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            tensors = [t for t in tree_leaves((args, result)) if isinstance(t, torch.Tensor)]
+            if "lift_fresh" in str(function) and result.is_meta or len({t.is_meta for t in tensors}) > 1:
+                copies.append(str(function))
+            return result
+    with Watch():
+        assert step().shape == ()
+    assert copies == []
+
+
+def trained(model_file, device, steps=20, **settings):
+    """The losses of the first steps and the gradients of the very first: ([steps], {name: tensor})."""
+    step, nerf, _ = parts(model_file, device, **settings)
+    losses = [step()]
+    first = {name: p.grad.clone() for name, p in nerf.named_parameters()}
+    return torch.stack(losses + [step() for _ in range(steps - 1)]), first
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stage", [sds.Stage(8, 2, 1024), sds.Stage(16, 1, 2048)])
+@pytest.mark.parametrize("settings", [{}, {"shading": True, "mode": "2d", "grey_background": True, "loss": "sds"}])
+def test_a_compiled_step_is_the_step(model_file, stage, settings):
+    (losses, gradient), (eager, eager_gradient) = (trained(model_file, "cuda", stage=stage, compile=compiled, **settings)
+                                                   for compiled in (True, False))
+    for name, g in eager_gradient.items():
+        assert (gradient[name] - g).norm() <= 1e-4 * g.norm(), name
+    assert torch.allclose(losses, eager, rtol=0.01)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("stage", [sds.Stage(8, 2, 1024), sds.Stage(16, 1, 2048)])
+@pytest.mark.parametrize("settings", [{}, {"shading": True, "mode": "2d", "grey_background": True, "loss": "sds"}])
+def test_a_step_on_cuda_never_waits(model_file, settings, stage, compiled):
+    """Eager and as a CUDA graph: neither asks the host for anything, and both train."""
+    step, nerf, _ = parts(model_file, "cuda", stage=stage, compile=compiled, **settings)
+    stepper = GraphedStep(step, torch.device("cuda"))
+    with side_stream(torch.device("cuda")):
+        for calls in (2, 4):                                                     # eager, then captured
+            for _ in range(calls):
+                stepper()
+            before = nerf.grid.table.detach().clone()
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                for _ in range(1 if calls == 2 else 100):
+                    loss = stepper()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            assert torch.isfinite(loss) and not torch.equal(nerf.grid.table, before)
+            assert (stepper.graph is not None) == (calls == 4)
