@@ -35,9 +35,8 @@ def pairs_are_complex(x):
 
 
 class Lookup(torch.autograd.Function):
-    """table [T, 2], index [...] int32 -> table[index], [..., 2]. `Lookup` and `AddAt` are each other's derivative, so
-    normals (one derivative by position) can be trained through (a second one). PyTorch's own derivative of an
-    embedding is ten times slower, and that of `table[index]` does not repeat bit for bit on several threads."""
+    """table [T, 2], index [...] int32 -> table[index], [..., 2]. PyTorch's own derivative of an embedding is ten times
+    slower, and that of `table[index]` does not repeat bit for bit on several threads."""
 
     @staticmethod
     def forward(ctx, table, index):
@@ -47,28 +46,22 @@ class Lookup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return AddAt.apply(grad, ctx.saved_tensors[0], ctx.entries), None
+        index, grad = ctx.saved_tensors[0].flatten(), grad.reshape(-1, 2)
+        if pairs_are_complex(grad):         # a single serial run, the same every time
+            table = torch.zeros(ctx.entries, dtype=grad.dtype.to_complex())
+            return torch.view_as_real(table.index_add_(0, index, torch.view_as_complex(grad.contiguous()))), None
+        return grad.new_zeros(ctx.entries, 2).index_add_(0, index, grad), None
 
 
-class AddAt(torch.autograd.Function):
-    """values [..., 2], index [...] -> table [entries, 2] with table[e] = sum of the values whose index is e."""
-
-    @staticmethod
-    def forward(ctx, values, index, entries):
-        ctx.save_for_backward(index)
-        values, index = values.reshape(-1, 2), index.flatten()
-        if pairs_are_complex(values):       # a single serial run, the same every time
-            table = torch.zeros(entries, dtype=values.dtype.to_complex())
-            return torch.view_as_real(table.index_add_(0, index, torch.view_as_complex(values.contiguous())))
-        return values.new_zeros(entries, 2).index_add_(0, index, values)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return Lookup.apply(grad, ctx.saved_tensors[0]), None, None
+def by_point(features):
+    """[levels, N, 2], or [levels, N] complex -> [N, levels * 2]."""
+    features = torch.view_as_real(features) if features.is_complex() else features
+    return features.transpose(0, 1).flatten(1)
 
 
 class HashGrid(nn.Module):
-    """forward: x [N, 3] in [0, 1] -> features [N, levels * features], differentiable twice by x and by the table.
+    """forward: x [N, 3] in [0, 1] -> features [N, levels * features], differentiable by x and by the table.
+    with_slope: their derivative by x as well, by its formula; both are differentiable by the table.
 
     A point outside [0, 1] is the caller's mistake and gives features of some other place. The table starts at
     U(-1e-4, 1e-4).
@@ -77,7 +70,7 @@ class HashGrid(nn.Module):
     def __init__(self, config):
         super().__init__()
         if config.features != 2:
-            raise ValueError("a level has 2 features: Lookup and AddAt move them as pairs")
+            raise ValueError("a level has 2 features: Lookup moves them as pairs")
         entries = 2 ** config.log2_entries
         growth = (config.finest / config.coarsest) ** (1 / max(config.levels - 1, 1))
         cells = [config.coarsest * growth ** level - 1 for level in range(config.levels)]   # half a cell less each end
@@ -100,7 +93,10 @@ class HashGrid(nn.Module):
         self.register_buffer("dense", torch.tensor(dense)[:, None], persistent=False)
         self.table = nn.Parameter(torch.empty(sum(sizes), config.features).uniform_(-1e-4, 1e-4))
 
-    def forward(self, x):
+    def corners(self, x):
+        """x [N, 3] -> the entries at the corners of its cells [2, 2, 2, levels, N, 2], by z, y, x; the weights of a
+        cell's two ends along x, y, z [3, 2, levels, N, 1]; and the derivatives of the weights [2, levels, 1, 1], the
+        same along each axis. Where pairs are complex, all come without the last axis."""
         # Offset by half a cell: else the cells of all levels would share their borders at 0, 1/2, 1, where
         # interpolation kinks.
         position = x.T[:, None] * self.cells + 0.5                                          # [3, levels, N]
@@ -113,11 +109,24 @@ class HashGrid(nn.Module):
         ix = ix + self.offsets
         ixy = torch.where(self.dense, ix + iy[:, None], ix ^ iy[:, None])                   # [2, 2, levels, N]
         index = torch.where(self.dense, ixy + iz[:, None, None], ixy ^ iz[:, None, None])   # [2, 2, 2, levels, N]
-        wx, wy, wz = torch.stack([1 - fraction, fraction], 1)                               # [2, levels, N] each
-        weight = wz[:, None, None] * (wy[:, None] * wx)                                     # [2, 2, 2, levels, N]
         corners = Lookup.apply(self.table, index)                                           # [2, 2, 2, levels, N, 2]
+        weights = torch.stack([1 - fraction, fraction], 1)                                  # [3, 2, levels, N]
+        slopes = torch.stack([-self.cells, self.cells])                                     # [2, levels, 1]
         if pairs_are_complex(corners):
-            features = torch.view_as_real((weight * torch.view_as_complex(corners)).sum((0, 1, 2)))
-        else:
-            features = (weight[..., None] * corners).sum((0, 1, 2))                         # [levels, N, 2]
-        return features.transpose(0, 1).flatten(1)
+            return torch.view_as_complex(corners), weights, slopes
+        return corners, weights[..., None], slopes[..., None]
+
+    def forward(self, x):
+        corners, (wx, wy, wz), _ = self.corners(x)
+        return by_point((wz * (wy * (wx * corners).sum(2)).sum(1)).sum(0))
+
+    def with_slope(self, x):
+        """x [N, 3] -> features [N, F] as of forward, and d features / d x [N, 3, F]: axis by axis the two ends are
+        summed with their weights or, for the derivative by this axis, with the derivatives of the weights."""
+        corners, (wx, wy, wz), slopes = self.corners(x)
+        on_x = (wx * corners).sum(2)                                                        # [2, 2, levels, N, 2]
+        on_xy = (wy * on_x).sum(1)                                                          # [2, levels, N, 2]
+        by_x = (wz * (wy * (slopes * corners).sum(2)).sum(1)).sum(0)                        # [levels, N, 2]
+        by_y = (wz * (slopes * on_x).sum(1)).sum(0)
+        by_z = (slopes * on_xy).sum(0)
+        return by_point((wz * on_xy).sum(0)), torch.stack([by_point(by_x), by_point(by_y), by_point(by_z)], 1)

@@ -58,6 +58,16 @@ def network(*widths):
     return nn.Sequential(*layers[:-1])
 
 
+def in_grid(x):
+    """World units to the hash grid's, [-1, 1] -> [0, 1]; what lies outside the box goes to its wall."""
+    return (x.clamp(-1, 1) + 1) / 2
+
+
+def length(x):
+    """|x| [N, 1] of x [N, 3]; the square root has no derivative at 0."""
+    return torch.sqrt((x * x).sum(-1, keepdim=True) + 1e-12)
+
+
 class NeRF(nn.Module):
     """The field. Points x [N, 3] in world units; outside the box the density is 0."""
 
@@ -69,37 +79,37 @@ class NeRF(nn.Module):
         self.to_albedo = network(self.grid.output_size, config.hidden, 3)
         self.to_background = network(16, config.background_hidden, config.background_hidden, 3)
 
-    def features(self, x):
-        return self.grid((x.clamp(-1, 1) + 1) / 2)
-
-    def density_of(self, features, x):
-        """softplus(raw + blob), blob = strength * (1 - |x| / radius): [N], per unit of length."""
-        radius = torch.sqrt((x * x).sum(-1) + 1e-12)                    # the square root has no derivative at 0
-        blob = self.config.blob_strength * (1 - radius / self.config.blob_radius)
-        inside = (x.detach().abs() <= 1).all(-1)
-        return F.softplus(self.to_density(features)[..., 0] + blob) * inside
+    def density_of(self, raw, x):
+        """softplus(raw + blob), blob = strength * (1 - |x| / radius); raw [N, 1]: [N], per unit of length."""
+        blob = self.config.blob_strength * (1 - length(x) / self.config.blob_radius)
+        inside = (x.detach().abs() <= 1).all(-1, keepdim=True)
+        return (F.softplus(raw + blob) * inside)[:, 0]
 
     def density(self, x):
         """x [N, 3] -> density [N] >= 0."""
-        return self.density_of(self.features(x), x)
+        return self.density_of(self.to_density(self.grid(in_grid(x))), x)
 
     def forward(self, x):
         """x [N, 3] -> density [N], albedo [N, 3] in [0, 1]."""
-        features = self.features(x)
-        return self.density_of(features, x), self.to_albedo(features).sigmoid()
+        features = self.grid(in_grid(x))
+        return self.density_of(self.to_density(features), x), self.to_albedo(features).sigmoid()
 
     def with_normals(self, x):
         """x [N, 3] -> density [N], albedo [N, 3], normal [N, 3] = -grad density, of unit length.
 
-        While gradients are enabled, the normals can be trained through (a second derivative). Where the density is
-        flat the normal is near 0.
+        The gradient is the chain rule written out, so training through the normals takes first derivatives only.
+        Where the density is flat the normal is near 0; outside the box it is 0.
         """
-        training = torch.is_grad_enabled()
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            density, albedo = self(x)
-            gradient, = torch.autograd.grad(density.sum(), x, create_graph=training, retain_graph=training)
-        return density, albedo, F.normalize(-gradient, dim=-1, eps=1e-6)
+        features, slope = self.grid.with_slope(in_grid(x))
+        first, relu, last = self.to_density
+        hidden = first(features)
+        density = self.density_of(last(relu(hidden)), x)
+        by_features = ((hidden > 0) * last.weight) @ first.weight                   # [N, F], of the raw density
+        by_x = (slope * by_features[:, None]).sum(-1) / 2                           # [N, 3]; in_grid halves x
+        by_x = by_x - self.config.blob_strength / self.config.blob_radius * x / length(x)
+        # softplus' = 1 - exp(-softplus), which makes it 0 outside the box, where the density is 0.
+        normal = F.normalize(torch.expm1(-density)[:, None] * by_x, dim=-1, eps=1e-6)
+        return density, self.to_albedo(features).sigmoid(), normal
 
     def normal(self, x):
         """x [N, 3] -> unit normals [N, 3]; see with_normals."""

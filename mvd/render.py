@@ -256,7 +256,7 @@ def render_image(nerf, occupancy, c2w, fov_deg, size, background, step, normals=
     """Pictures for people: every step in an occupied cell is looked at, nothing is random, albedo without shading.
 
     c2w [V, 4, 4], fov_deg a number or [V], size in pixels; background a number or [3] in [0, 1], or None for the
-    NeRF's own; normals: are they wanted too (twice the time); chunk: rays at a time. Returns Pictures. Not for a training
+    NeRF's own; normals: are they wanted too (1.6 times the time); chunk: rays at a time. Returns Pictures. Not for a training
     step: the number of samples is read on the host.
     """
     origins, directions = (v.reshape(-1, 3) for v in rays(c2w, fov_deg, size))

@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from mvd.hashgrid import AddAt, HashGrid, HashGridConfig, Lookup
+from mvd import hashgrid
+from mvd.hashgrid import HashGrid, HashGridConfig, Lookup
 
 CONFIG = HashGridConfig(levels=5, log2_entries=9, coarsest=4, finest=50)    # 2 dense levels, 3 hashed ones
 
@@ -18,7 +19,8 @@ def grid_in_double(config=CONFIG, spread=1.0):
 
 
 def interpolate(table, x, config):
-    """One point, level by level, corner by corner; the entries in the order: hashed levels, then dense ones."""
+    """One point [3], level by level, corner by corner; the entries in the order: hashed levels, then dense ones.
+    Everything is built of scalars that autograd can follow."""
     growth = (config.finest / config.coarsest) ** (1 / (config.levels - 1))
     cells = [config.coarsest * growth ** level - 1 for level in range(config.levels)]
     vertices = [math.ceil(c) + 2 for c in cells]
@@ -28,7 +30,7 @@ def interpolate(table, x, config):
     features = []
     for c, v, dense in zip(cells, vertices, is_dense):
         position = [p * c + 0.5 for p in x]
-        cell = [math.floor(p) for p in position]
+        cell = [math.floor(p.item()) for p in position]
         feature = [0.0, 0.0]
         for corner in range(8):
             at, weight = [], 1.0
@@ -43,11 +45,11 @@ def interpolate(table, x, config):
             else:
                 entry = hashed_seen * entries + ((at[0] * 1) ^ (at[1] * 2654435761) ^ (at[2] * 805459861)) % entries
             for f in range(2):
-                feature[f] += weight * float(table[entry, f])
+                feature[f] = feature[f] + weight * table[entry, f]
         features += feature
         dense_start += v ** 3 * dense
         hashed_seen += not dense
-    return features
+    return torch.stack(features)
 
 
 def points(count, seed=0):
@@ -58,7 +60,7 @@ def test_interpolation_is_the_plain_loop():
     grid = grid_in_double()
     assert 0 < int(grid.dense.sum()) < CONFIG.levels                         # both kinds of level are in play
     x = torch.cat([points(40), torch.tensor([[0.0, 0, 0], [1, 1, 1], [1, 0, 0.5]], dtype=torch.float64)])
-    expected = torch.tensor([interpolate(grid.table.detach(), p.tolist(), CONFIG) for p in x], dtype=torch.float64)
+    expected = torch.stack([interpolate(grid.table.detach(), p, CONFIG) for p in x])
     assert (grid(x) - expected).abs().max() < 1e-5                           # `cells` was rounded to single precision
     single = grid.float()(x.float())
     assert (single - expected).abs().max() < 1e-4
@@ -71,7 +73,7 @@ def test_full_size_fits_into_32_bits():
     x = points(20)
     cells = [4000 - 1.0, 4096 - 1.0]
     assert grid.cells.flatten().tolist() == pytest.approx(cells)
-    expected = torch.tensor([interpolate(grid.table.detach(), p.tolist(), config) for p in x], dtype=torch.float64)
+    expected = torch.stack([interpolate(grid.table.detach(), p, config) for p in x])
     assert (grid(x) - expected).abs().max() < 1e-5
 
 
@@ -89,29 +91,53 @@ def inside_cells(grid, count):
     return x[((part > 1e-3) & (part < 1 - 1e-3)).all(1).all(0)][:count].clone()
 
 
-def test_first_and_second_derivatives_are_finite_differences():
+def test_derivatives_are_finite_differences():
     grid = grid_in_double()
     x = inside_cells(grid, 6).requires_grad_()
     assert len(x) == 6
     table = grid.table.detach().clone().requires_grad_()
     call = lambda x, table: torch.func.functional_call(grid, {"table": table}, x)
     assert torch.autograd.gradcheck(call, (x, table), eps=1e-7, atol=1e-4, nondet_tol=0, fast_mode=True)
-    assert torch.autograd.gradgradcheck(call, (x, table), eps=1e-7, atol=1e-4, nondet_tol=0, fast_mode=True)
+
+
+def test_slope_is_that_of_the_plain_loop_and_finite_differences():
+    grid = grid_in_double()
+    x = inside_cells(grid, 12)
+    features, slope = grid.with_slope(x)
+    assert torch.equal(features, grid(x)) and slope.shape == (12, 3, 10)
+    h = 1e-7 * torch.eye(3, dtype=torch.float64)
+    assert torch.allclose(slope, torch.stack([(grid(x + e) - grid(x - e)) / 2e-7 for e in h], 1), atol=1e-5)
+    # The same of the plain loop, and the derivatives by the table of a sum over features and slope.
+    table, up, up_slope = grid.table, torch.randn_like(features), torch.randn_like(slope)
+    jacobian = torch.autograd.functional.jacobian
+    expected = torch.stack([jacobian(lambda p: interpolate(table, p, CONFIG), p, create_graph=True).T for p in x])
+    assert (slope - expected).abs().max() < 1e-3                              # `cells` was rounded to single precision
+    ours = (features * up).sum() + (slope * up_slope).sum()
+    plain = (torch.stack([interpolate(table, p, CONFIG) for p in x]) * up).sum() + (expected * up_slope).sum()
+    ours, plain = (torch.autograd.grad(total, table)[0] for total in (ours, plain))
+    assert plain.abs().max() > 10 and (ours - plain).abs().max() < 1e-3
+
+
+def test_pairs_need_not_be_complex(monkeypatch):
+    """What a GPU or a compiler gets, on a CPU."""
+    grid, x, results = grid_in_double(), points(50), []
+    for is_complex in (True, False):
+        monkeypatch.setattr(hashgrid, "pairs_are_complex", lambda x: is_complex)
+        features, slope = grid.with_slope(x)
+        loss = (grid(x) ** 2).sum() + (features ** 3).sum() + (slope ** 2).sum()
+        results.append((features, slope, *torch.autograd.grad(loss, grid.table)))
+    assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(*results))
 
 
 def test_lookup_and_its_derivative_against_a_loop():
-    table, index = torch.randn(7, 2), torch.tensor([[3, 3, 0], [6, 3, 1]], dtype=torch.int32)
+    table, index = torch.randn(7, 2, requires_grad=True), torch.tensor([[3, 3, 0], [6, 3, 1]], dtype=torch.int32)
     assert torch.equal(Lookup.apply(table, index), table[index.long()])
     values = torch.randn(2, 3, 2)
     expected = torch.zeros(7, 2)
     for i in range(2):
         for j in range(3):
             expected[index[i, j]] += values[i, j]
-    assert torch.allclose(AddAt.apply(values, index, 7), expected, atol=1e-6)
-    # Both are linear, so each one's derivative is the other.
-    table.requires_grad_(), values.requires_grad_()
     assert torch.allclose(torch.autograd.grad(Lookup.apply(table, index), table, values)[0], expected, atol=1e-6)
-    assert torch.equal(torch.autograd.grad(AddAt.apply(values, index, 7), values, table)[0], table[index.long()])
 
 
 def test_gradients_repeat_bit_for_bit():
@@ -135,8 +161,8 @@ def test_gpu_agrees_with_cpu():
     results = []
     for device in ("cpu", "cuda"):
         grid = copy.deepcopy(original).to(device)
-        y = grid(x.to(device))
-        (y ** 2).sum().backward()
-        results.append((y.detach().cpu(), grid.table.grad.cpu()))
-    assert torch.allclose(results[0][0], results[1][0], atol=1e-8)
-    assert torch.allclose(results[0][1], results[1][1], atol=1e-7, rtol=1e-3)
+        y, (features, slope) = grid(x.to(device)), grid.with_slope(x.to(device))
+        gradients = [torch.autograd.grad((v ** 2).sum(), grid.table)[0] for v in (y, slope)]
+        results.append([v.detach().cpu() for v in (y, features, slope, *gradients)])
+    for on_cpu, on_gpu, tolerance in zip(*results, (1e-8, 1e-8, 1e-6, 1e-7, 1e-4)):
+        assert torch.allclose(on_cpu, on_gpu, atol=tolerance, rtol=1e-3)

@@ -68,22 +68,49 @@ def test_normals_are_finite_differences_of_the_density():
     assert wrong.sum() <= 2                                                 # a point may sit within h of a kink
 
 
-def test_normals_train_the_field():
-    """The second derivative: by the table, of a loss on the normals, against a finite difference along a random
-    direction."""
+def trainable():
+    """In double precision, with features large enough to bend the normals; and the parameters of the density."""
     nerf = small().double()
-    table = torch.nn.init.uniform_(nerf.grid.table, -1, 1)
+    torch.nn.init.uniform_(nerf.grid.table, -1, 1)
+    return nerf, [nerf.grid.table, *nerf.to_density.parameters()]
+
+
+def test_normals_are_autograd_of_the_density():
+    """Everywhere, outside of the box as well, and so are the gradients through them: there, autograd twice."""
+    nerf, parameters = trainable()
+    x = torch.rand(300, 3, dtype=torch.float64) * 2.6 - 1.3
+    x[0] = 0
+    outside = (x.abs() > 1).any(-1)
+    assert 50 < outside.sum() < 250
+    y = x.clone().requires_grad_()
+    expected = nerf(y)
+    slope, = torch.autograd.grad(expected[0].sum(), y, create_graph=True)
+    expected = *expected, torch.nn.functional.normalize(-slope, dim=-1, eps=1e-6)
+    found = nerf.with_normals(x)
+    ups = [torch.randn_like(v) for v in found]
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(found, expected))
+    assert (found[2][outside] == 0).all() and (found[2][~outside].norm(dim=-1) > 0).all()
+    parameters += nerf.to_albedo.parameters()
+    gradients = [torch.autograd.grad(values, parameters, ups) for values in (found, expected)]
+    assert all(torch.allclose(a, b, rtol=1e-8, atol=1e-8) for a, b in zip(*gradients))
+
+
+def test_normals_train_the_field():
+    """The gradient by the table and by each layer, of a loss on the normals, against a finite difference along a
+    random direction."""
+    nerf, parameters = trainable()
     x = torch.rand(30, 3, dtype=torch.float64) * 0.8 - 0.4
     target = torch.randn(30, 3, dtype=torch.float64)
     loss = lambda: (nerf.normal(x) * target).sum()
-    gradient, = torch.autograd.grad(loss(), table)
-    move = torch.randn_like(table)
-    with torch.no_grad():
-        table += 1e-6 * move
-        up = loss()
-        table -= 2e-6 * move
-        down = loss()
-    assert float((up - down) / 2e-6) == pytest.approx(float((gradient * move).sum()), rel=1e-4)
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss(), parameters)):
+        move = torch.randn_like(parameter)
+        with torch.no_grad():
+            parameter += 1e-6 * move
+            up = loss()
+            parameter -= 2e-6 * move
+            down = loss()
+            parameter += 1e-6 * move
+        assert float((up - down) / 2e-6) == pytest.approx(float((gradient * move).sum()), rel=1e-4)
 
 
 def test_spherical_harmonics_are_orthonormal_and_in_order():
