@@ -125,6 +125,9 @@ def main():
     if not s.prompt.strip():
         raise UserError('the prompt is empty: say what to make, for example "a bulldog wearing a crown"')
     device = choose_device(s.device)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True                                    # shapes never change
+        torch.set_float32_matmul_precision("high")                               # TF32 in the field's networks
     model = MVDream.load(s.model, device, choose_dtype(s.dtype, device))
     s = cli.parse(Settings, description=__doc__, defaults=model.config.distill)  # a flag counts more than the model's header
     for low, high in (("coarsest", "finest"), ("t_min", "t_max")):

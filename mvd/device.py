@@ -52,26 +52,29 @@ def load_optimizer(optimizer, state):
 
 
 class GraphedStep:
-    """A step (a function without arguments that trains and returns its loss tensor) whose launches cost nothing.
+    """A step (a function of tensors that trains or predicts, and returns a tensor) whose launches cost nothing.
 
-    On CUDA the first three calls run as they are, as the allocator and the optimizer's state need; then the step is captured as a
-    CUDA graph, and every later call replays it. It must keep its shapes and never wait for the device. Elsewhere: just the step.
-    Call it within `side_stream`, since the default stream cannot be captured.
+    On CUDA the first three calls run as they are, as the allocator, the compiler and the optimizer's state need; then the step is
+    captured as a CUDA graph, and every later call copies its arguments to where the graph reads them, replays it, and returns the same
+    tensor with new numbers. It must keep its shapes and never wait for the device. Elsewhere: just the step. Call it within
+    `side_stream`, since the default stream cannot be captured.
     """
 
     def __init__(self, step, device):
         self.step, self.calls, self.cuda, self.graph = step, 0, device.type == "cuda", None
 
-    def __call__(self):
+    def __call__(self, *arguments):
         self.calls += 1
         if not self.cuda or self.calls <= 3:
-            return self.step()
+            return self.step(*arguments)
         if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
+            self.graph, self.inputs = torch.cuda.CUDAGraph(), [argument.clone() for argument in arguments]
             with torch.cuda.graph(self.graph):
-                self.loss = self.step()
+                self.result = self.step(*self.inputs)
+        for read, given in zip(self.inputs, arguments):
+            read.copy_(given)
         self.graph.replay()
-        return self.loss
+        return self.result
 
 
 @contextlib.contextmanager

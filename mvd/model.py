@@ -1,4 +1,5 @@
 """MVDream: UNet, VAE, text tower and noise schedule as one object that loads, samples and saves."""
+import copy
 import json
 import warnings
 from dataclasses import asdict, dataclass, field
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from . import cameras, checkpoint, diffusion, weights
+from .device import GraphedStep, side_stream
 from .errors import UserError
 from .files import write_atomic, write_safetensors
 from .text import TextConfig, TextTower
@@ -76,8 +78,12 @@ class MVDream(nn.Module):
 
     @staticmethod
     def random(preset):
-        """A model of a preset's size ("sd21", "tiny") with random weights, for benchmarks and tests."""
-        return MVDream(PRESETS[preset]).eval()
+        """A model of a preset's size ("sd21", "tiny") with random weights, none of them zero, for benchmarks and tests."""
+        model = MVDream(copy.deepcopy(PRESETS[preset])).requires_grad_(False).eval()
+        for weight in model.parameters():
+            if weight.ndim > 1:                                                  # a layer keeps the size of what it is given
+                weight.normal_(std=weight[0].numel() ** -0.5)
+        return model
 
     @staticmethod
     def load(name, device="cpu", dtype=torch.float32):
@@ -149,8 +155,8 @@ class MVDream(nn.Module):
             write_safetensors(path, tensors, {"mvd": json.dumps(asdict(self.config))})
 
     def compile_networks(self):
-        """Let torch.compile fuse the operations of UNet and autoencoder when they run next, in place; that takes a minute or two. The
-        weights are laid out as a GPU's fast convolutions want them, channels last."""
+        """Let torch.compile fuse the operations of UNet and autoencoder when they run next, in place; that takes half a minute each.
+        The weights are laid out as a GPU's fast convolutions want them, channels last."""
         self.to(memory_format=torch.channels_last)
         for network in (self.unet, self.vae.encoder, self.vae.decoder):
             network.compile(dynamic=False)
@@ -204,5 +210,6 @@ class MVDream(nn.Module):
 
         generator = torch.Generator().manual_seed(seed)                          # on the CPU: the same picture on every device
         shape = (len(prompts), views, config.unet.in_channels, size // factor, size // factor)
-        latents = diffusion.sample(eps, shape, steps, sampler, eta, generator, device, progress)
-        return (self.decode(latents).float() / 2 + 0.5).clamp(0, 1)
+        with side_stream(device):
+            latents = diffusion.sample(GraphedStep(eps, device), shape, steps, sampler, eta, generator, device, progress)
+            return (self.decode(latents).float() / 2 + 0.5).clamp(0, 1)

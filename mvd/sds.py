@@ -110,8 +110,11 @@ def target(unet, x_t, t, context, camera, guidance, rescale):
     context [2B, L, D]: the prompt's, then the negative prompt's; camera [B, V, 16], or None for the 2D mode. `rescale` mixes in x̂0
     with the standard deviation that the unguided one has over (V, c, h, w) (Lin et al. 2023, §3.4).
     """
-    both = None if camera is None else torch.cat([camera, camera])
-    conditional, unconditional = unet(torch.cat([x_t, x_t]), torch.cat([t, t]), context, both).float().chunk(2)
+    def ask(i):                                                                  # one set, both halves: one shape for the compiler
+        x, time, seen_from = (None if given is None else given[i:i + 1].expand(2, *given.shape[1:]) for given in (x_t, t, camera))
+        return unet(x, time, context[i::len(x_t)], seen_from).float()            # [2, V, c, h, w]
+
+    conditional, unconditional = torch.stack([ask(i) for i in range(len(x_t))], 1)
     eps = diffusion.guide(conditional, unconditional, guidance)
     x0 = diffusion.predict_x0(x_t, t, eps)
     return diffusion.rescale(x0, diffusion.predict_x0(x_t, t, conditional), rescale), eps
@@ -205,7 +208,7 @@ def make_step(s, model, nerf, occupancy, optimizer, context, schedule, stage):
 
     def step():
         images, c2w, penalty = draw()
-        latents = torch.cat([model.encode(of_set, sample=True) for of_set in images.split(1)])           # [sets, V, c, h, w]
+        latents = torch.cat([model.encode(of_set, sample=True) for of_set in images.split(1)])   # [sets, V, c, h, w]
         t = draw_time(schedule.low, schedule.high, sets, device)
         camera = cameras.camera_numbers(c2w) if s.mode == "3d" else None
         distilled = loss(model.unet, latents, t, context, camera, s.guidance, s.rescale, s.loss)

@@ -57,6 +57,14 @@ def camera_mlp(config):
     return mlp
 
 
+class StreamConv(nn.Conv2d):
+    """A convolution of the residual stream. What flows from block to block is float32, also in a network of bfloat16 weights: else
+    every sum would be rounded to 8 bits."""
+
+    def forward(self, x):
+        return super().forward(x.to(self.weight.dtype)).to(torch.promote_types(x.dtype, torch.float32))
+
+
 class ResBlock(nn.Module):
     """Two convolutions with the time (and camera) embedding added between them."""
 
@@ -67,12 +75,12 @@ class ResBlock(nn.Module):
         self.embed = nn.Linear(embedding_width, width)
         self.norm2 = GroupNorm(groups, width)
         self.conv2 = zeroed(nn.Conv2d(width, width, 3, padding=1))
-        self.skip = nn.Conv2d(width_in, width, 1) if width_in != width else nn.Identity()
+        self.skip = StreamConv(width_in, width, 1) if width_in != width else nn.Identity()
 
-    def forward(self, x, embedding):                                             # x [N, C, h, w], embedding [N, E]
-        h = self.conv1(F.silu(self.norm1(x)))
+    def forward(self, x, embedding):                                             # x [N, C, h, w] float32, embedding [N, E]
+        h = self.conv1(self.norm1(x))
         h = h + self.embed(F.silu(embedding))[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv2(self.norm2(h))
         return self.skip(x) + h
 
 
@@ -99,7 +107,7 @@ class MultiViewTransformer(nn.Module):
 
     def __init__(self, width, context_width, head_dim, groups):
         super().__init__()
-        self.norm = GroupNorm(groups, width, eps=1e-6)
+        self.norm = GroupNorm(groups, width, eps=1e-6, silu=False)
         self.proj_in = nn.Linear(width, width)
         self.norm1, self.self_attention = nn.LayerNorm(width), Attention(width, width, head_dim)
         self.norm2, self.cross_attention = nn.LayerNorm(width), Attention(width, context_width, head_dim)
@@ -117,18 +125,18 @@ class MultiViewTransformer(nn.Module):
         y = y + self.self_attention(z, z)
         y = y.reshape(per_set, views * tokens, -1)                               # all tokens of a set read the same text
         y = y + self.cross_attention(self.norm2(y), context)
-        value, gate = self.feed_in(self.norm3(y)).chunk(2, dim=-1)               # GEGLU
+        value, gate = self.feed_in(self.norm3(y)).chunk(2, dim=-1)               # GEGLU (Shazeer 2020)
         y = y + self.feed_out(value * F.gelu(gate))
         y = self.proj_out(y).reshape(per_view, tokens, -1).transpose(1, 2).unflatten(2, (height, -1))
         return x + y
 
 
-class Downsample(nn.Conv2d):
+class Downsample(StreamConv):
     def __init__(self, width):
         super().__init__(width, width, 3, stride=2, padding=1)
 
 
-class Upsample(nn.Conv2d):
+class Upsample(StreamConv):
     def __init__(self, width):
         super().__init__(width, width, 3, padding=1)
 
@@ -173,7 +181,7 @@ class MultiViewUNet(nn.Module):
         def transformer(width):
             return MultiViewTransformer(width, config.context_dim, config.head_dim, config.groups)
 
-        self.encoder = nn.ModuleList([Block(conv=nn.Conv2d(config.in_channels, width, 3, padding=1))])
+        self.encoder = nn.ModuleList([Block(conv=StreamConv(config.in_channels, width, 3, padding=1))])
         skips = [width]                                                          # the widths of what the encoder hands across
         levels = list(enumerate(config.channel_mult))
         attend = [2 ** level in config.attention_resolutions for level, _ in levels]
@@ -218,7 +226,7 @@ class MultiViewUNet(nn.Module):
         embedding = embedding.flatten(0, 1)                                                   # [B·V, E]
         rest = (embedding, context.to(dtype), views, camera is not None)
 
-        h = x.flatten(0, 1).to(dtype)                                                         # [B·V, c, h, w]
+        h = x.flatten(0, 1)                                                                   # [B·V, c, h, w]
         skips = []
         for block in self.encoder:
             h = block(h, *rest)
@@ -227,5 +235,5 @@ class MultiViewUNet(nn.Module):
             h = block(h, *rest)
         for block in self.decoder:
             h = block(torch.cat([h, skips.pop()], dim=1), *rest)
-        h = self.conv_out(F.silu(self.norm_out(h)))
+        h = self.conv_out(self.norm_out(h))
         return h.unflatten(0, (sets, views))

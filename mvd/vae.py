@@ -24,8 +24,7 @@ class VAEConfig:
     groups: int = 32                        # of a group norm; a group of one channel would forget how bright the picture is
 
 
-def norm(channels, groups):
-    return GroupNorm(groups, channels, eps=1e-6)
+norm = partial(GroupNorm, eps=1e-6)
 
 
 class ResBlock(nn.Module):
@@ -33,15 +32,15 @@ class ResBlock(nn.Module):
 
     def __init__(self, channels_in, channels_out, groups):
         super().__init__()
-        self.norm1 = norm(channels_in, groups)
+        self.norm1 = norm(groups, channels_in)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        self.norm2 = norm(channels_out, groups)
+        self.norm2 = norm(groups, channels_out)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
         self.shortcut = nn.Identity() if channels_in == channels_out else nn.Conv2d(channels_in, channels_out, 1)
 
     def forward(self, x):
-        hidden = self.conv1(F.silu(self.norm1(x)))
-        hidden = self.conv2(F.silu(self.norm2(hidden)))
+        hidden = self.conv1(self.norm1(x))
+        hidden = self.conv2(self.norm2(hidden))
         return self.shortcut(x) + hidden
 
 
@@ -50,7 +49,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels, groups):
         super().__init__()
-        self.norm = norm(channels, groups)
+        self.norm = norm(groups, channels, silu=False)
         self.query = nn.Conv2d(channels, channels, 1)
         self.key = nn.Conv2d(channels, channels, 1)
         self.value = nn.Conv2d(channels, channels, 1)
@@ -111,12 +110,12 @@ class Encoder(nn.Module):
             DownLevel(widths[i - 1] if i else config.channels, widths[i], config.num_res_blocks, config.groups, halve=i < last)
             for i in range(len(widths))))
         self.middle = middle(widths[-1], config.groups)
-        self.norm_out = norm(widths[-1], config.groups)
+        self.norm_out = norm(config.groups, widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
 
     def forward(self, x):
         x = self.middle(self.down(self.conv_in(x)))
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(self.norm_out(x))
 
 
 class Decoder(nn.Module):
@@ -131,14 +130,14 @@ class Decoder(nn.Module):
         self.up = nn.ModuleList(                            # up[0] is the finest level, as down[0] is, and runs last
             UpLevel(widths[min(i + 1, last)], widths[i], config.num_res_blocks + 1, config.groups, double=i > 0)
             for i in range(len(widths)))
-        self.norm_out = norm(widths[0], config.groups)
+        self.norm_out = norm(config.groups, widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, z):
         x = self.middle(self.conv_in(z))
         for level in reversed(self.up):
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(self.norm_out(x))
 
 
 class VAE(nn.Module):

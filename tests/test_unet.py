@@ -1,4 +1,5 @@
 """The UNet against the released definition's numbers, and 3D attention against an explicit loop over views."""
+import copy
 import json
 import math
 import zlib
@@ -121,3 +122,15 @@ def test_full_size_has_the_released_number_of_parameters():
         unet = MultiViewUNet(UNetConfig())
     assert len(unet.state_dict()) == 690
     assert sum(p.numel() for p in unet.parameters()) == 867_572_164
+
+
+@torch.no_grad()
+def test_in_bfloat16_the_residual_stream_is_float32(unet, case):
+    """What blocks hand on is float32, what they compute is not."""
+    rounded = copy.deepcopy(unet).bfloat16()
+    for block in (*rounded.encoder, *rounded.middle, *rounded.decoder):
+        block.register_forward_hook(lambda module, given, out: streams.append(out.dtype))
+    streams = []
+    exact, out = (model(case["x"], case["t"], case["context"], case["camera"]) for model in (unet, rounded))
+    assert out.dtype == torch.bfloat16 and set(streams) == {torch.float32}
+    assert (out.float() - exact).norm() / exact.norm() < 0.02
