@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from . import cameras, cli, model, render, sds
 from .device import GraphedStep, can_compile, choose_device, choose_dtype, side_stream
@@ -90,12 +89,11 @@ def parts(m, s, device):
     for stage in stages:
         c2w, fov = sds.draw_cameras(stage.sets, sds.VIEWS, device)
         origins, directions = (v.reshape(-1, 3) for v in cameras.rays(c2w, fov[:, None].expand(stage.sets, sds.VIEWS), stage.size))
-        drawn = render.render
-        if s.compile:
-            drawn = torch.compile(render.render, dynamic=False, options={"fallback_random": True})
+        drawn = torch.compile(render.render, dynamic=False) if s.compile else render.render
+        offsets = render.draw_offsets(len(origins), device)
 
-        def rendering(stage=stage, origins=origins, directions=directions, drawn=drawn):
-            seen = drawn(nerf, occupancy, origins, directions, origins.new_ones(3), stage.budget, s.step_size)
+        def rendering(stage=stage, origins=origins, directions=directions, drawn=drawn, offsets=offsets):
+            seen = drawn(nerf, occupancy, origins, directions, origins.new_ones(3), stage.budget, s.step_size, *offsets)
             seen.rgb.sum().backward()
             optimizer.zero_grad(set_to_none=True)
             return seen.rgb
@@ -146,32 +144,36 @@ def main():
         counts.append(counter.get_total_flops())
     if compiled:
         m.compile_networks()
-    rows = []
-    for (part, function, traffic), flops in tqdm(list(zip(parts(m, s, device), counts)), leave=False, disable=flags.json):
+    if not flags.json:
+        print(f"{'part':<50} {'ms':>8} {'floor':>8} {'share':>6} {'TFLOP/s':>8} {'GB/s':>6} {'first, s':>8} {'GiB':>6}")
+
+    def show(row):
+        """One line, as soon as it is known."""
+        if flags.json:
+            print(json.dumps(row), flush=True)
+            return
+        numbers = [f"{row[key]:{width}{form}}" if row.get(key) else f"{'-':>{width}}" for key, width, form in (
+            ("ms", 8, ".2f"), ("floor_ms", 8, ".2f"), ("share", 6, ".0%"), ("tflops", 8, ".3g"), ("gb_per_s", 6, ".0f"),
+            ("first_s", 8, ".1f"), ("peak_gib", 6, ".1f"))]
+        print(f"{row['part']:<50} {' '.join(numbers)}", flush=True)
+
+    for (part, function, traffic), flops in zip(list(parts(m, s, device)), counts):
         try:
             ms, first, peak = measure(function, device)
         except torch.cuda.OutOfMemoryError:
             notes.append(f"{part}: not enough GPU memory")
             continue
         floor = 1000 * (flops / flops_per_s + traffic / bytes_per_s)
-        rows.append({"part": part, "ms": ms, "floor_ms": floor, "share": floor / ms, "tflops": flops / ms / 1e9,
-                     "gb_per_s": traffic / ms / 1e6, "first_s": first, "peak_gib": peak})
-    for _ in range(3):                                                           # the first pays for the decoder's compiling
+        show({"part": part, "ms": ms, "floor_ms": floor, "share": floor / ms, "tflops": flops / ms / 1e9,
+              "gb_per_s": traffic / ms / 1e6, "first_s": first, "peak_gib": peak})
+    times = []
+    for _ in range(3):                                                           # the first pays for compiling
         begin = time.time()
         m.sample(prompt).cpu()
-        seconds = time.time() - begin
-    rows.append({"part": "sample, 50 steps, 4 views, decoded", "ms": 1000 * seconds})
-    if flags.json:
-        for row in [*rows, *({"note": note} for note in notes)]:
-            print(json.dumps(row))
-        return
-    print(f"{'part':<50} {'ms':>8} {'floor':>8} {'share':>6} {'TFLOP/s':>8} {'GB/s':>6} {'first, s':>8} {'GiB':>6}")
-    for row in rows:
-        numbers = [f"{row[key]:{form}}" if row.get(key) else "-" for key, form in (
-            ("ms", ".2f"), ("floor_ms", ".2f"), ("share", ".0%"), ("tflops", ".3g"), ("gb_per_s", ".0f"), ("first_s", ".1f"),
-            ("peak_gib", ".1f"))]
-        print(f"{row['part']:<50} " + " ".join(f"{number:>{width}}" for number, width in zip(numbers, (8, 8, 6, 8, 6, 8, 6))))
-    print("\n".join(notes))
+        times.append(time.time() - begin)
+    show({"part": "sample, 50 steps, 4 views, decoded", "ms": 1000 * min(times[1:]), "first_s": times[0]})
+    for note in notes:
+        print(json.dumps({"note": note}) if flags.json else note)
 
 
 if __name__ == "__main__":

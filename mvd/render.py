@@ -229,13 +229,14 @@ def see(nerf, samples, origins, directions, background, shading):
     return Rendering(rgb, opacity, depth, None if shading is None else seen[:, 3:], weights, normals, samples)
 
 
-def render(nerf, occupancy, origins, directions, background, budget, step, generator=None, shading=None):
-    """One differentiable rendering of rays [R, 3] over a background [3] or [R, 3], with `budget` samples `step` apart.
+def draw_offsets(rays, device, generator=None):
+    """The random numbers of one rendering, each uniform in [0, 1): a jitter for every ray [R], one phase for the thinning []."""
+    return torch.rand(rays, generator=generator, device=device), torch.rand((), generator=generator, device=device)
 
-    Random numbers (one jitter a ray, one phase for the thinning) come from `generator`; None: the device's own.
-    """
-    jitter = torch.rand(len(origins), generator=generator, device=origins.device)
-    phase = torch.rand((), generator=generator, device=origins.device)
+
+def render(nerf, occupancy, origins, directions, background, budget, step, jitter, phase, shading=None):
+    """One differentiable rendering of rays [R, 3] over a background [3] or [R, 3], with `budget` samples `step` apart; jitter and phase
+    as `draw_offsets` gives them."""
     samples = sample(occupancy, origins, directions, step, budget, jitter, phase)
     return see(nerf, samples, origins, directions, background, shading)
 

@@ -176,38 +176,43 @@ def make_field(s, device):
 def make_step(s, model, nerf, occupancy, optimizer, context, schedule, stage):
     """One optimisation step with shapes that never change: a function that returns the loss, without waiting for the device.
 
-    s: Settings; context [2, L, D]: prompt and negative prompt. With s.compile, torch.compile fuses what is rendered; it draws the same
-    random numbers. (`MVDream.compile_networks` does the same for the model.)
+    s: Settings; context [2, L, D]: prompt and negative prompt. With s.compile, torch.compile fuses the rendering, and
+    `MVDream.compile_networks` should have done the same for the model.
     """
     device, (size, sets, budget) = context.device, stage
     context = context.repeat_interleave(sets, 0)                                 # [2·sets, L, D]
 
     def draw():
-        """-> images [sets, V, 3, H, W] in [-1, 1], their cameras [sets, V, 4, 4], orientation loss."""
+        """All random numbers of a picture: what is compiled draws none, so it shows what the eager step shows."""
         c2w, fov = draw_cameras(sets, VIEWS, device)                             # [sets, V, 4, 4] [sets]
-        origins, directions = cameras.rays(c2w, fov[:, None].expand(sets, VIEWS), size)
-        origins, directions = origins.reshape(-1, 3), directions.reshape(-1, 3)  # [R, 3]
         colour = torch.rand(1 if s.grey_background else 3, device=device).expand(3)
         plain = torch.rand((), device=device) < s.random_background
+        lamp = (torch.rand(2, device=device), render.draw_light(c2w[..., :3, 3])) if s.shading else None
+        return c2w, fov, colour, plain, lamp, *render.draw_offsets(sets * VIEWS * size * size, device)
+
+    def see(c2w, fov, colour, plain, lamp, jitter, phase):
+        """-> images [sets, V, 3, H, W] in [-1, 1], orientation loss."""
+        origins, directions = cameras.rays(c2w, fov[:, None].expand(sets, VIEWS), size)
+        origins, directions = origins.reshape(-1, 3), directions.reshape(-1, 3)  # [R, 3]
         background = torch.where(plain, colour, nerf.background(directions))     # [R, 3]
         shading = None
         if s.shading:                                                            # albedo 25%, diffuse 37.5%, textureless 37.5%
-            kind, softness = torch.rand(2, device=device).unbind()
-            lamp = render.draw_light(c2w[..., :3, 3])[..., None, :].expand(-1, -1, size * size, -1).reshape(-1, 3)
-            shading = render.Shading(lamp, softness * (kind > 0.25) * schedule.light, (kind > 0.625) * schedule.light)
-        seen = render.render(nerf, occupancy, origins, directions, background, budget, s.step_size, shading=shading)
+            (kind, softness), places = lamp[0].unbind(), lamp[1][..., None, :].expand(-1, -1, size * size, -1).reshape(-1, 3)
+            shading = render.Shading(places, softness * (kind > 0.25) * schedule.light, (kind > 0.625) * schedule.light)
+        seen = render.render(nerf, occupancy, origins, directions, background, budget, s.step_size, jitter, phase, shading)
         images = seen.rgb.view(sets * VIEWS, size, size, 3).movedim(-1, 1)       # [sets·V, 3, H, W]
         images = F.interpolate(images, (model.config.size,) * 2, mode="bilinear", antialias=size > model.config.size)
         penalty = 0.0
         if s.shading:
             penalty = render.orientation_loss(seen.weights, seen.normals, directions[seen.samples.ray], seen.opacity)
-        return (2 * images - 1).unflatten(0, (sets, VIEWS)), c2w, penalty
+        return (2 * images - 1).unflatten(0, (sets, VIEWS)), penalty
 
     if s.compile:
-        draw = torch.compile(draw, dynamic=False, options={"fallback_random": True})
+        see = torch.compile(see, dynamic=False)
 
     def step():
-        images, c2w, penalty = draw()
+        c2w, *drawn = draw()
+        images, penalty = see(c2w, *drawn)
         latents = torch.cat([model.encode(of_set, sample=True) for of_set in images.split(1)])   # [sets, V, c, h, w]
         t = draw_time(schedule.low, schedule.high, sets, device)
         camera = cameras.camera_numbers(c2w) if s.mode == "3d" else None

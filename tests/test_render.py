@@ -7,8 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mvd.cameras import orbit, rays
 from mvd.nerf import NeRF, NeRFConfig
-from mvd.render import (DIAGONAL, OccupancyGrid, Samples, Shading, box_interval, choose, composite, draw_light, march,
-                        orientation_loss, render, render_image, sample, shade)
+from mvd.render import (DIAGONAL, OccupancyGrid, Samples, Shading, box_interval, choose, composite, draw_light, draw_offsets,
+                        march, orientation_loss, render, render_image, sample, shade)
 
 
 class Ball:
@@ -190,7 +190,8 @@ def test_thinning_is_without_bias():
 def test_no_rays_hit_anything():
     field, step = Ball(density=0.0), DIAGONAL / 64
     origins, directions = view(4)
-    out = render(field, grid_of(field, step), origins, directions, torch.tensor([0.1, 0.2, 0.3]), 100, step)
+    out = render(field, grid_of(field, step), origins, directions, torch.tensor([0.1, 0.2, 0.3]), 100, step,
+                 *draw_offsets(len(origins), "cpu"))
     assert torch.equal(out.opacity, torch.zeros(16))
     assert torch.allclose(out.rgb, torch.tensor([0.1, 0.2, 0.3]).expand(16, 3))
 
@@ -261,7 +262,8 @@ def test_render_is_the_integral(strength):
     origins, directions = view(8)
     occupancy = grid_of(field, step, visits=4, threshold=1e-6)
     budget = int(march(occupancy, origins, directions, step, plain(64))[1][-1])
-    rgb = sum(render(field, occupancy, origins, directions, background, budget + 500, step).rgb for _ in range(4)) / 4
+    rgb = sum(render(field, occupancy, origins, directions, background, budget + 500, step, *draw_offsets(64, "cpu")).rgb
+              for _ in range(4)) / 4
     expected, _, _ = quadrature(field, origins, directions, background)
     assert (rgb - expected).abs().max() < 0.01 and (rgb - expected).abs().mean() < 1e-3
 
@@ -271,8 +273,8 @@ def test_thinned_pictures_agree_on_average():
     origins, directions = view(12)
     occupancy, generator = grid_of(field, step), torch.Generator().manual_seed(0)
     n = int(march(occupancy, origins, directions, step, plain(144))[1][-1])
-    full, thin = (sum(render(field, occupancy, origins, directions, background, budget, step, generator).opacity
-                      for _ in range(30)) / 30 for budget in (2 * n, n // 2))
+    full, thin = (sum(render(field, occupancy, origins, directions, background, budget, step,
+                             *draw_offsets(144, "cpu", generator)).opacity for _ in range(30)) / 30 for budget in (2 * n, n // 2))
     assert (full - thin).abs().mean() < 7e-3 and abs(float((full - thin).mean())) < 1e-3
 
 
@@ -334,7 +336,7 @@ def tiny_step(device="cpu", shaded=True):
     def run(generator=None):
         for p in nerf.parameters():
             p.grad = None
-        out = render(nerf, occupancy, origins, directions, background, 8192, step, generator, shading)
+        out = render(nerf, occupancy, origins, directions, background, 8192, step, *draw_offsets(1024, device, generator), shading)
         loss = (out.rgb ** 2).mean() + out.depth.mean() + out.opacity.mean()
         if shaded:
             along = directions.index_select(0, out.samples.ray)
