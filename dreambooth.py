@@ -19,7 +19,7 @@ from tqdm import tqdm
 from mvd import cli, data, diffusion, photos, run
 from mvd.device import GraphedStep, choose_device, random_state, set_random_state, side_stream
 from mvd.errors import UserError
-from mvd.masters import MasterAdamW
+from mvd.masters import MasterAdamW, learning_rate
 from mvd.model import MVDream
 from mvd.pictures import grid, save_curve, save_png
 from mvd.text import check_identifier, name_subject, words_of
@@ -36,6 +36,7 @@ class Settings:
     steps: int = field(default=600, metadata={"help": "training steps", "min": 1})
     batch: int = field(default=4, metadata={"help": "photos in a batch", "min": 1})
     lr: float = field(default=2e-6, metadata={"help": "learning rate", "min": 0})
+    cosine: bool = field(default=False, metadata={"help": "let the learning rate down to 0 along a cosine, after a short warm-up"})
     weight_decay: float = field(default=0.01, metadata={"help": "weight decay of AdamW", "min": 0})
     preservation: float = field(default=1.0, metadata={"help": "λ, how strongly the weights are held where they were", "min": 0})
     flips: bool = field(default=False, metadata={"help": "show the photos mirrored, too: only if the subject is symmetric"})
@@ -96,6 +97,8 @@ def finetune(model, moments, tokens, s, out, state=None, show=None):
     with cli.interrupt_flag() as interrupted, side_stream(device):
         bar = tqdm(range(start, s.steps), initial=start, total=s.steps, desc=s.prompt)
         for done in bar:
+            if s.cosine:
+                adam.lr.fill_(learning_rate(done, s.steps, s.lr))
             sums += graphed()
             counted, done = counted + 1, done + 1
             if done % LOG_EVERY == 0 or done == s.steps:

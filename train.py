@@ -9,7 +9,6 @@ batch is multi-view with probability 0.7, else single images in 2D mode. On a GP
 Ctrl-C or a kill loses at most --save-every steps: the same command with --resume goes on.
 """
 import copy
-import math
 import random
 from dataclasses import asdict, dataclass, field, replace
 
@@ -19,7 +18,7 @@ from tqdm import tqdm
 from mvd import cli, data, diffusion, run
 from mvd.device import GraphedStep, choose_device, random_state, set_random_state, side_stream
 from mvd.errors import UserError
-from mvd.masters import MasterAdamW
+from mvd.masters import MasterAdamW, learning_rate
 from mvd.model import PRESETS, MVDream
 from mvd.pictures import grid, save_curve, save_png
 from mvd.text import IDENTIFIERS, words_of
@@ -53,12 +52,6 @@ MULTIVIEW_SHARE = 0.7          # MVDream §3.2
 UNCONDITIONAL_SHARE = 0.1      # text dropout, for guidance
 KL_WEIGHT = 1e-4               # of the autoencoder's latents, a number of the latent
 LOG_EVERY = 100
-
-
-def learning_rate(step, steps, peak):
-    """Linear warm-up over 2% of the steps, then half a cosine down to 0."""
-    warm_up = max(1, steps // 50)
-    return peak * min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
 def vae_loss(vae, images):

@@ -3,6 +3,8 @@
 A bfloat16 number has 8 bits: a step of 2e-6 on a weight of 0.02 would be rounded away every time. So the optimizer moves float32
 weights, and the network computes with copies that are rounded anew after each step.
 """
+import math
+
 import torch
 
 from .device import load_optimizer
@@ -48,3 +50,9 @@ class MasterAdamW:
             kept.update({name: torch.empty_like(w).copy_(kept[name]) for name in ("exp_avg", "exp_avg_sq")})
         torch._foreach_copy_(self.weights, [saved.to(self.lr.device) for saved in state["weights"]])
         self.work_with(self.weights)
+
+
+def learning_rate(step, steps, peak):
+    """Linear warm-up over 2% of the steps, then half a cosine down to 0."""
+    warm_up = max(1, steps // 50)
+    return peak * min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * step / steps))

@@ -55,7 +55,7 @@ PRESETS = {
                      random_background=1.0, grey_background=True,                # what it was trained on
                      levels=8, log2_entries=15, coarsest=8, finest=128, lr_grid=0.02, lr=0.005, occupancy_every=8,
                      density_threshold=10.0),
-        dreambooth=dict(steps=400, lr=2e-4, preservation=100.0)),
+        dreambooth=dict(steps=600, batch=16, lr=2e-4, cosine=True, preservation=100.0)),
 }
 
 

@@ -13,6 +13,7 @@ import sample
 from mvd import MVDream, cli, diffusion, run
 from mvd.errors import UserError
 from mvd.files import write_safetensors
+from mvd.masters import learning_rate
 from mvd.text import IDENTIFIERS
 from scripts import Killed, killed_after, saved_model
 from test_model import small_config
@@ -121,6 +122,21 @@ def test_it_learns_the_photos_and_a_strong_preservation_holds_it_back(folder, tm
     _, held = distance_and_loss(1e8, "held")
     assert last["loss"] < 0.95 * first["loss"] and last["preservation"] == 0 and last["share"] == 0
     assert held["distance"] < 0.5 * last["distance"] and held["share"] > 0.9 and held["loss"] > last["loss"]
+
+
+def test_the_rate_falls_along_the_cosine(folder, tmp_path):
+    """With --cosine the last step hardly moves the weights; without, every step moves some of them by about the rate (Adam)."""
+    moved = {}
+    for cosine in (False, True):
+        model = MVDream.load(folder / "small.safetensors")
+        s = dreambooth.Settings("", PROMPT, steps=4, batch=2, lr=1e-3, weight_decay=0.0, cosine=cosine)
+        before = model.unet.conv_out.weight.detach().clone()
+        tokens = model.text.tokenize(["a bulldog"]).expand(3, 1, -1)
+        torch.manual_seed(0)
+        dreambooth.finetune(model, torch.rand(1, 3, 1, 16, 8, 8), tokens, s, tmp_path)
+        moved[cosine] = (model.unet.conv_out.weight - before).abs().max().item()
+    rates = [learning_rate(step, 4, 1e-3) for step in range(4)]
+    assert moved[False] > 3e-3 and 0.5 * sum(rates) < moved[True] <= 1.05 * sum(rates) < 2.7e-3
 
 
 @pytest.mark.parametrize("killed_at", [1, 3])                                    # before any checkpoint, and after

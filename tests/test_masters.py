@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from mvd.masters import MasterAdamW
+from mvd.masters import MasterAdamW, learning_rate
 
 
 def network():
@@ -81,3 +81,9 @@ def test_state_goes_on_bit_for_bit(saved_at):
         resumed.step()
     assert all(torch.equal(a, b) for a, b in zip(adam.weights, resumed.weights))
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters()))
+
+
+def test_learning_rate_warms_up_and_ends_at_zero():
+    rates = [learning_rate(step, 1000, 2.0) for step in range(1000)]
+    assert rates[0] == pytest.approx(2.0 / 20) and max(rates) <= 2.0 and rates[-1] < 1e-4
+    assert rates[500] == pytest.approx(1.0, abs=0.01)

@@ -11,6 +11,7 @@ import toy_data
 import train
 from mvd import MVDream, diffusion, run
 from mvd.errors import UserError
+from mvd.masters import learning_rate
 from mvd.model import PRESETS
 from scripts import killed_after
 from test_model import small_config
@@ -94,7 +95,7 @@ def test_fit_is_adamw_with_an_average_of_the_weights(tmp_path, monkeypatch):
         gradient = 2 * inputs.T @ (inputs @ w - y[:, 0].double()) / 8
         gradient *= min(1.0, 1.0 / (gradient.norm().item() + 1e-6))
         m, v = 0.9 * m + 0.1 * gradient, 0.99 * v + 0.01 * gradient ** 2
-        rate = train.learning_rate(step, 5, 0.1)
+        rate = learning_rate(step, 5, 0.1)
         w = (1 - rate * 0.01) * w - rate * (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.99 ** (step + 1))).sqrt() + 1e-8)
         average += max(0.5, 9 / (10 + step)) * (w - average)
     shown = []
@@ -111,12 +112,6 @@ def test_the_autoencoder_is_kept_when_its_phase_ends(start, monkeypatch, tmp_pat
         start("killed", "--save-every", "3")
     state = run.load_checkpoint(tmp_path / "killed" / "checkpoint.safetensors")
     assert (state["phase"], state["step"]) == ("vae", 4)
-
-
-def test_learning_rate_warms_up_and_ends_at_zero():
-    rates = [train.learning_rate(step, 1000, 2.0) for step in range(1000)]
-    assert rates[0] == pytest.approx(2.0 / 20) and max(rates) <= 2.0 and rates[-1] < 1e-4
-    assert rates[500] == pytest.approx(1.0, abs=0.01)
 
 
 def test_diffusion_loss_is_the_mean_squared_error_of_the_noise():
