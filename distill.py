@@ -25,6 +25,7 @@ from mvd.sds import Settings
 PICTURE_GREY = 0.8                               # behind the results
 LOG_EVERY = 10
 FIRST_LOOK = 20                                  # steps before the first picture, and before anything is compiled
+COMPILE_FROM = 1000                              # steps of a run that is long enough to make up for compiling
 
 
 def look(s, nerf, occupancy, azimuths, size, normals=False, elevation=15.0, fov=40.0):
@@ -89,7 +90,7 @@ def distill(s, model, out, state=None):
     schedule, now, graphed = sds.Schedule(device), None, None
     visits = {everywhere: GraphedStep(partial(occupancy.update, nerf.density, s.step_size, everywhere), device)
               for everywhere in (True, False)}
-    show_every, compiler = max(1, s.steps // 20), s.compile and can_compile(device)
+    show_every, compiler = max(1, s.steps // 20), s.compile and s.steps >= COMPILE_FROM and can_compile(device)
     with cli.interrupt_flag() as interrupted, side_stream(device):
         bar = tqdm(range(start, s.steps), initial=start, total=s.steps, desc=s.prompt)
         for step in bar:
@@ -127,16 +128,17 @@ def main():
     if not s.prompt.strip():
         raise UserError('the prompt is empty: say what to make, for example "a bulldog wearing a crown"')
     device = choose_device(s.device)
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True                                    # shapes never change
+    dtype = choose_dtype(s.dtype, device)
+    torch.backends.cudnn.benchmark = True                                        # shapes never change
+    if dtype != torch.float32:
         torch.set_float32_matmul_precision("high")                               # TF32 in the field's networks
-    model = MVDream.load(s.model, device, choose_dtype(s.dtype, device))
+    model = MVDream.load(s.model, device, dtype)
     s = cli.parse(Settings, description=__doc__, defaults=model.config.distill)  # a flag counts more than the model's header
     for low, high in (("coarsest", "finest"), ("t_min", "t_max")):
         if getattr(s, low) > getattr(s, high):
             raise UserError(f"--{low.replace('_', '-')} {getattr(s, low)} is above --{high.replace('_', '-')} {getattr(s, high)}")
     known = replace(s, prompt=model.text.known_part(s.prompt), negative=model.text.known_part(s.negative))  # all unknown: the end
-    out = run.open_run(s.out, asdict(s), s.resume, f"runs/{run.slug(s.prompt)}{'-2d' if s.mode == '2d' else ''}", ("save_every",))
+    out = run.open_run(s.out, asdict(s), s.resume, f"runs/{run.slug(s.prompt)}{'-2d' if s.mode == '2d' else ''}", ("save_every", "compile"))
     state = run.last_checkpoint(out) if s.resume else None
     nerf, occupancy, done = distill(known, model, out, state)
     if done < s.steps:

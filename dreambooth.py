@@ -32,6 +32,8 @@ class Settings:
     prompt: str = field(metadata={"help": 'what the photos show, with "[v]" for the identifier: "a photo of [v] bulldog"'})
     model: str = field(default="tiny", metadata={"help": "the model to start from: tiny, mvdream-sd21, sd21, or the path of a checkpoint"})
     out: str = field(default="runs/dreambooth", metadata={"help": "folder for the model, pictures, log and checkpoint"})
+    wordings: bool = field(default=False, metadata={"help": "call the photos also what the prompt says from [v] on, with and without the "
+                                                            "suffix that 3D mode adds, as later prompts will"})
     identifier: str = field(default="phol", metadata={"help": "the word that shall mean the subject"})
     steps: int = field(default=600, metadata={"help": "training steps", "min": 1})
     batch: int = field(default=4, metadata={"help": "photos in a batch", "min": 1})
@@ -73,7 +75,7 @@ def preserve(weights, start, strength):
 def finetune(model, moments, tokens, s, out, state=None, show=None):
     """The loop; afterwards the UNet holds the new weights. Returns the steps done, fewer than s.steps after Ctrl-C.
 
-    moments [copies, N, 1, 2c, h, w]: the photos' latents (`data.moments`), tokens [N, 1, L]: their prompt's (`data.token_table`).
+    moments [copies, N, 1, 2c, h, w]: the photos' latents (`data.moments`), tokens [N, W, L]: their wordings' (`data.token_table`).
     state: what the checkpoint held, or None. show(step) draws pictures.
     """
     device, scale = model.device, model.config.vae.scale_factor
@@ -132,7 +134,9 @@ def main(argv=None):
     s = cli.parse(Settings, argv, __doc__, defaults=model.config.dreambooth)     # a flag counts more than the model's header
     check_identifier(model.text, s.identifier)
     model.config.text.identifier = s.identifier
-    prompt, plain = model.text.known_part(s.prompt), model.text.known_part(name_subject(s.prompt, ""))
+    short = s.prompt[s.prompt.lower().index("[v]"):]
+    prompts = [model.text.known_part(p) for p in ([s.prompt, short, short + model.config.suffix] if s.wordings else [s.prompt])]
+    plain = model.text.known_part(name_subject(s.prompt, ""))
     names, rgba = photos.load(s.photos, model.config.size)
     out = run.open_run(s.out, {**asdict(s), "files": names}, s.resume, may_change=("sample_every", "save_every"))
     state = run.last_checkpoint(out) if s.resume else None
@@ -147,12 +151,12 @@ def main(argv=None):
     torch.set_float32_matmul_precision("high")
     rgba = torch.cat([rgba, rgba.flip(-1)]) if s.flips else rgba
     moments = data.moments(model.vae, rgba.to(device)[:, None], GREYS)       # [copies, N, 1, 2c, h, w]
-    tokens = data.token_table(model.text, [[prompt]] * len(rgba)).to(device)     # [N, 1, L]
+    tokens = data.token_table(model.text, [prompts] * len(rgba)).to(device)      # [N, wordings, L]
 
     def show(step):
         """Three rows: the subject from four sides, its class from four sides, and four pictures of the subject in 2D mode."""
-        with_v, without = model.sample([prompt, plain], steps=25, seed=s.seed)   # [4, 3, H, W] each
-        singles = model.sample(prompt, steps=25, seed=s.seed, mode="2d")[0]
+        with_v, without = model.sample([prompts[0], plain], steps=25, seed=s.seed)   # [4, 3, H, W] each
+        singles = model.sample(prompts[0], steps=25, seed=s.seed, mode="2d")[0]
         save_png(out / "progress" / f"samples_{step:06d}.png", grid(torch.cat([with_v, without, singles]), 4))
         rows = run.read_log(out / "log.jsonl")
         save_curve(out / "curves.png", {label: [(row["step"], row[name]) for row in rows] for name, label in (

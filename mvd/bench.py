@@ -4,9 +4,8 @@
     python -m mvd.bench --model sd21 --json          # the full size, random weights; one line of JSON a row
 
 A part's floor is the time that its arithmetic takes at the speed of a large matrix product, and then its memory traffic at the speed
-of a copy; both speeds are measured first. Operations are counted by PyTorch's FlopCounterMode; bytes are those that
-the hash grid must move if nothing is cached: eight corners of two float32 a level and sample, read once and, for the gradient, read
-and written. Milliseconds are medians. On CUDA every part is a captured graph, so launches cost nothing; with --compile, the networks
+of a copy; both speeds are measured first. Operations are counted by PyTorch's FlopCounterMode; bytes are those that the hash grid must
+move if nothing is cached: eight corners of two float32 a level and sample, read once and, for the gradient, read and written. Milliseconds are medians. On CUDA every part is a captured graph, so launches cost nothing; with --compile, the networks
 and the rendering are fused by torch.compile, and the first call of a part that needs them pays for that.
 """
 import json
@@ -19,7 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from . import cameras, cli, model, render, sds
 from .device import GraphedStep, can_compile, choose_device, choose_dtype, side_stream
 from .model import MVDream
-
 
 
 @dataclass
@@ -60,7 +58,7 @@ def measure(function, device, seconds=1.0):
 
 
 def speeds(device, dtype):
-    """What the device can do: (floating point operations a second of a large matrix product, bytes a second of a large copy)."""
+    """What a torch.device can do in a dtype: (floating point operations a second of a large matrix product, bytes a second of a large copy)."""
     side, long = (8192, 1 << 30) if device.type == "cuda" else (1024, 1 << 26)
     a, b = torch.randn(2, side, side, device=device, dtype=dtype).unbind()
     here, there = torch.ones(2, long // 4, device=device).unbind()
@@ -69,7 +67,8 @@ def speeds(device, dtype):
 
 
 def parts(m, s, device):
-    """What is measured: (name, function, bytes that it must move), the whole steps first, so that they pay for the compiler."""
+    """What is measured: (name, function, bytes that it must move), the whole steps first, so that they pay for the compiler. m: MVDream,
+    s: sds.Settings."""
     stages = [sds.Stage(s.coarse_size, s.coarse_sets, s.coarse_budget), sds.Stage(s.fine_size, s.fine_sets, s.fine_budget)]
     nerf, occupancy, optimizer = sds.make_field(s, device)
     for _ in range(3):
@@ -89,11 +88,11 @@ def parts(m, s, device):
     for stage in stages:
         c2w, fov = sds.draw_cameras(stage.sets, sds.VIEWS, device)
         origins, directions = (v.reshape(-1, 3) for v in cameras.rays(c2w, fov[:, None].expand(stage.sets, sds.VIEWS), stage.size))
-        drawn = torch.compile(render.render, dynamic=False) if s.compile else render.render
+        renderer = torch.compile(render.render, dynamic=False) if s.compile else render.render
         offsets = render.draw_offsets(len(origins), device)
 
-        def rendering(stage=stage, origins=origins, directions=directions, drawn=drawn, offsets=offsets):
-            seen = drawn(nerf, occupancy, origins, directions, origins.new_ones(3), stage.budget, s.step_size, *offsets)
+        def rendering(stage=stage, origins=origins, directions=directions, renderer=renderer, offsets=offsets):
+            seen = renderer(nerf, occupancy, origins, directions, origins.new_ones(3), stage.budget, s.step_size, *offsets)
             seen.rgb.sum().backward()
             optimizer.zero_grad(set_to_none=True)
             return seen.rgb
@@ -130,12 +129,12 @@ def main():
     if flags.compile and not compiled:
         notes.append("nothing is compiled: that takes CUDA, Triton and a C compiler")
     prompt = " ".join(m.config.text.words[-2:]) or "a bulldog"                   # words that the model knows
-    s = sds.Settings(**{**vars(sds.Settings(prompt)), **m.config.distill, "compile": compiled})
+    s = cli.parse(sds.Settings, [prompt], defaults={**m.config.distill, "compile": compiled})
     loaded = time.time() - begin
     flops_per_s, bytes_per_s = speeds(device, dtype)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
-    notes.append(f"{name}, {str(dtype).removeprefix('torch.')}, {flops_per_s / 1e12:.3g} TFLOP/s, {bytes_per_s / 1e9:.3g} GB/s; the model was "
-                 f"there after {loaded:.1f} s")
+    notes.append(f"{name}, {str(dtype).removeprefix('torch.')}, {flops_per_s / 1e12:.3g} TFLOP/s, {bytes_per_s / 1e9:.3g} GB/s; the "
+                 f"model was there after {loaded:.1f} s")
 
     counts = []
     for part, function, traffic in parts(m, sds.Settings(**{**vars(s), "compile": False}), device):  # before anything is compiled

@@ -5,6 +5,8 @@ import importlib.util
 import os
 import shutil
 import sys
+import sysconfig
+from pathlib import Path
 
 import torch
 
@@ -29,9 +31,12 @@ def choose_dtype(name, device):
 
 
 def can_compile(device):
-    """Whether torch.compile pays and works here: on CUDA, with Triton and a C compiler, which Triton needs."""
-    compilers = (os.environ.get("CC", "cc"), "gcc", "clang")
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None and any(map(shutil.which, compilers))
+    """Whether torch.compile works here: on CUDA, with Triton, and what Triton needs, a C compiler and Python's header files."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (7, 0) or not importlib.util.find_spec("triton"):
+        return False
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    return any(map(shutil.which, compilers)) and any(
+        Path(sysconfig.get_path("include", scheme), "Python.h").exists() for scheme in (sysconfig.get_default_scheme(), "posix_prefix"))
 
 
 def random_state():
@@ -52,12 +57,12 @@ def load_optimizer(optimizer, state):
 
 
 class GraphedStep:
-    """A step (a function of tensors that trains or predicts, and returns a tensor) whose launches cost nothing.
+    """A step (a function of tensors that trains or predicts, and returns a tensor or None) whose launches cost nothing.
 
     On CUDA the first three calls run as they are, as the allocator, the compiler and the optimizer's state need; then the step is
     captured as a CUDA graph, and every later call copies its arguments to where the graph reads them, replays it, and returns the same
-    tensor with new numbers. It must keep its shapes and never wait for the device. Elsewhere: just the step. Call it within
-    `side_stream`, since the default stream cannot be captured.
+    tensor with new numbers; the step's Python runs no more. It must keep its shapes and never wait for the device. Elsewhere: just the
+    step. Call it within `side_stream`, since the default stream cannot be captured.
     """
 
     def __init__(self, step, device):
@@ -69,7 +74,7 @@ class GraphedStep:
             return self.step(*arguments)
         if self.graph is None:
             self.graph, self.inputs = torch.cuda.CUDAGraph(), [argument.clone() for argument in arguments]
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
                 self.result = self.step(*self.inputs)
         for read, given in zip(self.inputs, arguments):
             read.copy_(given)

@@ -2,7 +2,7 @@
 
 PyTorch's own kernel wants the pixels of a channel side by side, while the fast convolutions of a GPU want the channels of a pixel
 side by side: between the two every picture would be copied, twice a norm. Normalising is an affine map of each channel of each
-picture, y = scale · x + shift, whose numbers follow from the channel's sums of x and x²: two sums and one fused expression.
+picture, y = scale · (x − mean) + bias, whose numbers follow from the channel's sums of x and x²: two sums and one fused expression.
 """
 import torch
 import torch.nn.functional as F
@@ -25,10 +25,15 @@ class GroupNorm(nn.GroupNorm):
         return (F.silu(y) if self.silu else y).to(self.weight.dtype)
 
     def written_out(self, x):
-        """The same as sums and one affine map; x is float32."""
-        mean, square = (y.mean((2, 3)).unflatten(1, (self.num_groups, -1)).mean(2, keepdim=True) for y in (x, x * x))
-        inverse = torch.rsqrt((square - mean * mean).clamp(min=0) + self.eps)    # 1 / standard deviation, [N, groups, 1]
-        weight, bias = (p.float().unflatten(0, (self.num_groups, -1)) for p in (self.weight, self.bias))
-        scale = weight * inverse                                                 # [N, groups, C / groups]
-        shift = bias - mean * scale
-        return x * scale.flatten(1)[..., None, None] + shift.flatten(1)[..., None, None]
+        """The same as sums and one affine map: x [N, C, h, w] float32 -> [N, C, h, w]. Each channel is seen from the value of its first
+        pixel, so that squares of a large mean do not swallow a small variance."""
+        first = x[:, :, :1, :1].detach()
+        away = x - first
+        offset, square = away.mean((2, 3)), (away * away).mean((2, 3))           # of each channel, [N, C]
+        means = (first[..., 0, 0] + offset).unflatten(1, (self.num_groups, -1))  # [N, groups, C / groups]
+        within = (square - offset * offset).clamp(min=0).unflatten(1, (self.num_groups, -1))
+        mean = means.mean(2, keepdim=True)
+        variance = within.mean(2, keepdim=True) + (means - mean).square().mean(2, keepdim=True)      # in channels, and between them
+        scale = self.weight.float().unflatten(0, (self.num_groups, -1)) * torch.rsqrt(variance + self.eps)
+        mean, scale = (y.expand_as(means).flatten(1)[..., None, None] for y in (mean, scale))        # [N, C, 1, 1]
+        return (x - mean) * scale + self.bias.float()[:, None, None]

@@ -53,6 +53,6 @@ class MasterAdamW:
 
 
 def learning_rate(step, steps, peak):
-    """Linear warm-up over 2% of the steps, then half a cosine down to 0."""
+    """Of step 0..steps − 1: linear warm-up to `peak` over 2% of the steps, then half a cosine, down to 0 at the end."""
     warm_up = max(1, steps // 50)
     return peak * min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * step / steps))

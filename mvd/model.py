@@ -51,11 +51,11 @@ PRESETS = {
         distill=dict(steps=400, save_every=25, guidance=5.0, t_max=0.3, negative="",
                      suffix=", 3d asset",                                       # all captions of its 3D training had it
                      coarse_size=32, coarse_sets=1, fine_size=64, fine_sets=1,
-                     coarse_budget=49152, fine_budget=49152, step_size=0.027, compile=False,
+                     coarse_budget=49152, fine_budget=49152, step_size=0.027,
                      random_background=1.0, grey_background=True,                # what it was trained on
-                     levels=8, log2_entries=15, coarsest=8, finest=128, lr_grid=0.02, lr=0.005, occupancy_every=8,
+                     levels=8, log2_entries=15, coarsest=8, finest=128, lr_grid=0.02, lr=0.005, occupancy_cells=32, occupancy_every=8,
                      density_threshold=10.0),
-        dreambooth=dict(steps=600, batch=16, lr=2e-4, cosine=True, preservation=100.0)),
+        dreambooth=dict(steps=600, batch=16, lr=2e-4, cosine=True, preservation=100.0, wordings=True)),
 }
 
 
@@ -78,7 +78,7 @@ class MVDream(nn.Module):
 
     @staticmethod
     def random(preset):
-        """A model of a preset's size ("sd21", "tiny") with random weights, none of them zero, for benchmarks and tests."""
+        """A model of a preset's size ("sd21", "tiny") with random weights, no matrix or kernel zero, for benchmarks and tests."""
         model = MVDream(copy.deepcopy(PRESETS[preset])).requires_grad_(False).eval()
         for weight in model.parameters():
             if weight.ndim > 1:                                                  # a layer keeps the size of what it is given
@@ -155,8 +155,8 @@ class MVDream(nn.Module):
             write_safetensors(path, tensors, {"mvd": json.dumps(asdict(self.config))})
 
     def compile_networks(self):
-        """Let torch.compile fuse the operations of UNet and autoencoder when they run next, in place; that takes half a minute each.
-        The weights are laid out as a GPU's fast convolutions want them, channels last."""
+        """Let torch.compile fuse the operations of UNet and autoencoder when they run next, in place; that takes half a minute each, and
+        again for every new shape, eight at most. The weights are laid out as a GPU's fast convolutions want them, channels last."""
         self.to(memory_format=torch.channels_last)
         for network in (self.unet, self.vae.encoder, self.vae.decoder):
             network.compile(dynamic=False)
@@ -200,7 +200,7 @@ class MVDream(nn.Module):
             prompts = [self.text.known_part(p) + config.suffix for p in prompts]  # before the suffix, of which it knows all
             azimuths = azimuth + torch.arange(views) * span / views
             camera = cameras.camera_numbers(cameras.orbit(elevation, azimuths)).to(device)                    # [V, 16]
-            camera = camera.expand(2 * len(prompts), -1, -1)     # the unconditional half keeps it (MVDream, appendix)
+            camera = camera.repeat(2 * len(prompts), 1, 1)       # the unconditional half keeps it (MVDream, appendix)
         context = torch.cat([self.embed(prompts), self.embed([negative]).expand(len(prompts), -1, -1)])       # [2B, L, D]
 
         def eps(x, t):                                                                                        # x [B, V, c, h, w]

@@ -229,9 +229,9 @@ def see(nerf, samples, origins, directions, background, shading):
     return Rendering(rgb, opacity, depth, None if shading is None else seen[:, 3:], weights, normals, samples)
 
 
-def draw_offsets(rays, device, generator=None):
+def draw_offsets(ray_count, device, generator=None):
     """The random numbers of one rendering, each uniform in [0, 1): a jitter for every ray [R], one phase for the thinning []."""
-    return torch.rand(rays, generator=generator, device=device), torch.rand((), generator=generator, device=device)
+    return torch.rand(ray_count, generator=generator, device=device), torch.rand((), generator=generator, device=device)
 
 
 def render(nerf, occupancy, origins, directions, background, budget, step, jitter, phase, shading=None):

@@ -15,12 +15,14 @@ from .nerf import NeRF, NeRFConfig
 
 NEGATIVE = ("ugly, bad anatomy, blurry, pixelated obscure, unnatural colors, poor lighting, dull, and unclear, cropped, lowres, "
             "low quality, artifacts, duplicate, morbid, mutilated, poorly drawn face, deformed, dehydrated, bad proportions")
+VIEWS = 4                                        # of a set
+ORIENTATION = (10.0, 1000.0)                     # weight of the orientation loss, first and from `shading_from` on
 
 
 @dataclass
 class Settings:
-    """Of distill.py. The defaults are the released ones, for the full-size model; a model's header may hold others
-    (`ModelConfig.distill`)."""
+    """The flags of distill.py, here because `make_step` and bench.py read them. The defaults are the released ones, for the full-size
+    model; a model's header may hold others (`ModelConfig.distill`)."""
     prompt: str = field(metadata={"help": "what to make, in quotes", "positional": True})
     model: str = field(default="tiny", metadata={"help": "tiny, mvdream-sd21, sd21, or the path of a checkpoint"})
     mode: str = field(default="3d", metadata={"help": "3d: multi-view distillation; 2d: every view alone", "choices": ("3d", "2d")})
@@ -68,6 +70,7 @@ class Settings:
     blob_strength: float = field(default=10.0, metadata={"help": "density that the centre starts with"})
     lr_grid: float = field(default=0.01, metadata={"help": "learning rate of the hash grid", "min": 0})
     lr: float = field(default=0.001, metadata={"help": "learning rate of the networks", "min": 0})
+    occupancy_cells: int = field(default=64, metadata={"help": "cells along each side of the occupancy grid", "min": 4, "max": 256})
     occupancy_every: int = field(default=16, metadata={"help": "steps between visits to the occupancy grid", "min": 1})
     occupancy_warm_up: float = field(default=0.0256, metadata={"help": "share of the run in which a visit takes in every cell",
                                                                "min": 0, "max": 1})
@@ -111,8 +114,8 @@ def target(unet, x_t, t, context, camera, guidance, rescale):
     with the standard deviation that the unguided one has over (V, c, h, w) (Lin et al. 2023, §3.4).
     """
     def ask(i):                                                                  # one set, both halves: one shape for the compiler
-        x, time, seen_from = (None if given is None else given[i:i + 1].expand(2, *given.shape[1:]) for given in (x_t, t, camera))
-        return unet(x, time, context[i::len(x_t)], seen_from).float()            # [2, V, c, h, w]
+        x, time, seen_from = (None if given is None else torch.cat(2 * [given[i:i + 1]]) for given in (x_t, t, camera))
+        return unet(x, time, context[i::len(x_t)].contiguous(), seen_from).float()       # [2, V, c, h, w]
 
     conditional, unconditional = torch.stack([ask(i) for i in range(len(x_t))], 1)
     eps = diffusion.guide(conditional, unconditional, guidance)
@@ -137,10 +140,6 @@ def loss(unet, x0, t, context, camera, guidance, rescale=0.5, kind="x0", noise=N
             x0_hat = x0 - weight * (eps - noise)
     return 0.5 * ((x0 - x0_hat) ** 2).sum() / math.prod(x0.shape[:2])
 
-VIEWS = 4                                        # of a set
-ORIENTATION = (10.0, 1000.0)                     # weight of the orientation loss, first and from `shading_from` on
-
-
 class Stage(NamedTuple):
     """What a step renders: sets of four views of size x size pixels, with so many samples of the field."""
     size: int
@@ -155,7 +154,7 @@ class Schedule:
         self.low, self.high, self.light, self.orientation = (torch.zeros((), device=device) for _ in range(4))
 
     def set(self, s, progress):
-        """progress: the share of the run that is done, 0..1."""
+        """s: Settings; progress: the share of the run that is done, 0..1."""
         for value, tensor in zip(time_range(progress, (s.t_start, s.t_min), (s.t_start, s.t_max), s.anneal), (self.low, self.high)):
             tensor.fill_(value)
         self.light.fill_(progress >= s.shading_from)
@@ -163,21 +162,22 @@ class Schedule:
 
 
 def make_field(s, device):
-    """A new field with its occupancy grid and its optimizer: (NeRF, OccupancyGrid, AdamW)."""
+    """A new field with its occupancy grid and its optimizer, as the Settings s ask: (NeRF, OccupancyGrid, AdamW) on a device."""
     nerf = NeRF(NeRFConfig(levels=s.levels, log2_entries=s.log2_entries, coarsest=s.coarsest, finest=s.finest, hidden=s.hidden,
                            blob_strength=s.blob_strength)).to(device)
     networks = [p for name, p in nerf.named_parameters() if not name.startswith("grid.")]
     cuda = torch.device(device).type == "cuda"
     optimizer = torch.optim.AdamW([{"params": list(nerf.grid.parameters()), "lr": s.lr_grid}, {"params": networks, "lr": s.lr}],
                                   betas=(0.9, 0.99), eps=1e-15, fused=cuda, capturable=cuda)
-    return nerf, render.OccupancyGrid().to(device), optimizer
+    return nerf, render.OccupancyGrid(s.occupancy_cells).to(device), optimizer
 
 
 def make_step(s, model, nerf, occupancy, optimizer, context, schedule, stage):
-    """One optimisation step with shapes that never change: a function that returns the loss, without waiting for the device.
+    """One optimisation step with shapes that never change: a function that returns the loss [], float32, without waiting for the device.
 
-    s: Settings; context [2, L, D]: prompt and negative prompt. With s.compile, torch.compile fuses the rendering, and
-    `MVDream.compile_networks` should have done the same for the model.
+    s: Settings; nerf, occupancy, optimizer from `make_field`; context [2, L, D]: prompt and negative prompt; schedule: a Schedule, read
+    at every call; stage: a Stage. With s.compile, torch.compile fuses the rendering, and `MVDream.compile_networks` should have done
+    the same for the model.
     """
     device, (size, sets, budget) = context.device, stage
     context = context.repeat_interleave(sets, 0)                                 # [2·sets, L, D]
@@ -190,7 +190,7 @@ def make_step(s, model, nerf, occupancy, optimizer, context, schedule, stage):
         lamp = (torch.rand(2, device=device), render.draw_light(c2w[..., :3, 3])) if s.shading else None
         return c2w, fov, colour, plain, lamp, *render.draw_offsets(sets * VIEWS * size * size, device)
 
-    def see(c2w, fov, colour, plain, lamp, jitter, phase):
+    def picture(c2w, fov, colour, plain, lamp, jitter, phase):
         """-> images [sets, V, 3, H, W] in [-1, 1], orientation loss."""
         origins, directions = cameras.rays(c2w, fov[:, None].expand(sets, VIEWS), size)
         origins, directions = origins.reshape(-1, 3), directions.reshape(-1, 3)  # [R, 3]
@@ -208,11 +208,11 @@ def make_step(s, model, nerf, occupancy, optimizer, context, schedule, stage):
         return (2 * images - 1).unflatten(0, (sets, VIEWS)), penalty
 
     if s.compile:
-        see = torch.compile(see, dynamic=False)
+        picture = torch.compile(picture, dynamic=False)
 
     def step():
-        c2w, *drawn = draw()
-        images, penalty = see(c2w, *drawn)
+        c2w, *numbers = draw()
+        images, penalty = picture(c2w, *numbers)
         latents = torch.cat([model.encode(of_set, sample=True) for of_set in images.split(1)])   # [sets, V, c, h, w]
         t = draw_time(schedule.low, schedule.high, sets, device)
         camera = cameras.camera_numbers(c2w) if s.mode == "3d" else None

@@ -25,7 +25,7 @@ from test_model import small_config
 SCRIPT = Path(distill.__file__)
 SETTINGS = dict(steps=6, coarse_size=8, fine_size=16, coarse_sets=1, fine_sets=1, coarse_budget=1024, fine_budget=1024, levels=2,
                 log2_entries=10, coarsest=4, finest=16, hidden=8, save_every=2, occupancy_every=2, step_size=0.1, negative="asset",
-                density_threshold=5.0, compile=False)
+                density_threshold=5.0, occupancy_cells=32)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from PIL import Image
 import distill
 import dreambooth
 import sample
-from mvd import MVDream, cli, diffusion, run
+from mvd import MVDream, cli, data, diffusion, run
 from mvd.errors import UserError
 from mvd.files import write_safetensors
 from mvd.masters import learning_rate
@@ -124,8 +124,19 @@ def test_it_learns_the_photos_and_a_strong_preservation_holds_it_back(folder, tm
     assert held["distance"] < 0.5 * last["distance"] and held["share"] > 0.9 and held["loss"] > last["loss"]
 
 
+@pytest.mark.parametrize("prompt, expected", [
+    ("a photo of [v] bulldog", ["a photo of phol bulldog", "phol bulldog", "phol bulldog , 3d asset"]),
+    ("[V] bulldog", ["phol bulldog", "phol bulldog", "phol bulldog , 3d asset"])])
+def test_wordings_are_what_later_prompts_will_say(start, monkeypatch, prompt, expected):
+    asked = []
+    table = data.token_table
+    monkeypatch.setattr(data, "token_table", lambda text, captions: asked.append(captions) or table(text, captions))
+    start("run", "--wordings", "--steps", "1", prompt=prompt)
+    assert asked == [[expected] * 3]
+
+
 def test_the_rate_falls_along_the_cosine(folder, tmp_path):
-    """With --cosine the last step hardly moves the weights; without, every step moves some of them by about the rate (Adam)."""
+    """Adam moves the weight that always has the same gradient by the rate, step by step: so by the sum of the rates in all."""
     moved = {}
     for cosine in (False, True):
         model = MVDream.load(folder / "small.safetensors")

@@ -20,6 +20,13 @@ def pictures():
     return [x, x.contiguous(memory_format=torch.channels_last)]
 
 
+def test_a_large_mean_does_not_swallow_a_small_variance(layer):
+    """Where E[x²] − E[x]² would be off by a twentieth; what is left is the rounding of x itself."""
+    layer.silu = False
+    x = torch.randn(3, 12, 8, 8, generator=torch.Generator().manual_seed(2)) + 1000
+    assert (layer.written_out(x).double() - defined(layer, x, False)).abs().max() < 1e-3
+
+
 def defined(layer, x, silu):
     """Wu & He 2018, eq. 1-3, group by group."""
     out = torch.empty(x.shape, dtype=torch.float64)

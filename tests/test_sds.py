@@ -101,7 +101,8 @@ def test_cameras_are_where_the_paper_puts_them():
 # ---------------------------------------------------------------------------------------------------- the step
 
 
-SETTINGS = dict(levels=2, log2_entries=10, coarsest=4, finest=16, hidden=8, step_size=0.1, negative="asset", compile=False)
+SETTINGS = dict(levels=2, log2_entries=10, coarsest=4, finest=16, hidden=8, step_size=0.1, negative="asset", compile=False,
+                occupancy_cells=32)
 
 
 @pytest.fixture(scope="module")
