@@ -28,6 +28,11 @@ class Optionally:
     resume: bool = field(default=False, metadata={"help": "go on"})
 
 
+def test_a_setting_of_another_version_is_left_out_with_a_warning():
+    with pytest.warns(UserWarning, match="budget = 5, which this version does not know"):
+        assert cli.parse(Settings, ["a dog"], defaults={"budget": 5, "steps": 7}).steps == 7
+
+
 def test_parse():
     assert cli.parse(Settings, ["a dog"]) == Settings("a dog")
     given = cli.parse(Settings, ["--steps", "7", "a dog", "--learning-rate=-0", "--no-shading", "--mode", "2d",

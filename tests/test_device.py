@@ -34,6 +34,21 @@ def test_a_step_off_cuda_is_just_the_step():
     assert [step() for _ in range(6)] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_step_off_cuda_takes_its_arguments_and_may_return_nothing():
+    seen = []
+    step = device.GraphedStep(lambda a, b: seen.append(a + b), torch.device("cpu"))
+    assert [step(i, 10) for i in range(5)] == [None] * 5 and seen == [10, 11, 12, 13, 14]
+
+
+@pytest.mark.gpu
+def test_a_captured_step_reads_its_new_arguments():
+    cuda = torch.device("cuda")
+    step = device.GraphedStep(lambda a, b: a * b.float(), cuda)
+    with device.side_stream(cuda):
+        results = [step(torch.full((3,), float(i), device=cuda), torch.full((3,), 10, device=cuda)).tolist() for i in range(8)]
+    assert results == [[10.0 * i] * 3 for i in range(8)] and step.graph is not None
+
+
 @pytest.mark.gpu
 def test_a_captured_step_trains_as_the_step_itself():
     def train(graphed):

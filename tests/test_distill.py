@@ -19,7 +19,7 @@ import distill
 from mvd import cli, mesh, run, sds
 from mvd.files import read_safetensors, write_safetensors
 from mvd.nerf import NeRF, NeRFConfig
-from scripts import Killed, saved_model, status
+from scripts import Killed, killed_after, saved_model, status
 from test_model import small_config
 
 SCRIPT = Path(distill.__file__)
@@ -123,6 +123,25 @@ def test_resolution_light_and_orientation_follow_the_schedule(start, monkeypatch
     monkeypatch.setattr(sds, "make_step", recording)
     assert start("run", "--shading", "--coarse-sets", "2", "--fine-from", "0.3", "--steps", "4") == 0
     assert calls == [(8, 2, 0, 10), (8, 2, 0, 505), (16, 1, 1, 1000), (16, 1, 1, 1000)]
+
+
+def test_the_compiler_takes_over_after_the_first_picture(start, monkeypatch, tmp_path):
+    """Killed and resumed across the switch, and across the change of size, a run is bit for bit the one that was not; Dynamo traces
+    as it would on a GPU, and its eager backend gives the numbers."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", functools.partial(compile_, backend="eager"))
+    monkeypatch.setattr(distill, "can_compile", lambda device: True)
+    monkeypatch.setattr(distill, "FIRST_LOOK", 2)
+    monkeypatch.setattr(distill, "COMPILE_FROM", 1)
+    made, make_step = [], sds.make_step
+    monkeypatch.setattr(sds, "make_step", lambda s, *rest: made.append((s.compile, rest[-1].size)) or make_step(s, *rest))
+    assert start("whole", "--coarse-sets", "2") == 0
+    assert made == [(False, 8), (True, 8), (True, 16)]
+    for killed_at in (1, 4):
+        with killed_after(monkeypatch, lambda row: row["step"] == killed_at):
+            start(f"killed{killed_at}", "--coarse-sets", "2", "--save-every", "1")
+        assert start(f"killed{killed_at}", "--coarse-sets", "2", "--save-every", "1", "--resume") == 0
+        assert_same_run(tmp_path / "whole", tmp_path / f"killed{killed_at}")
 
 
 def test_the_model_is_asked_with_cameras_or_without(start, monkeypatch):

@@ -226,6 +226,23 @@ def test_a_step_has_static_shapes_and_copies_nothing_to_the_device(model_file, s
     assert copies == []
 
 
+def test_one_compiled_unet_serves_any_number_of_sets(unet, case):
+    """`target` asks set by set, with tensors of one shape and layout: the compiler sees the network once."""
+    graphs = []
+
+    def count(graph, example):
+        graphs.append(graph)
+        return graph.forward
+    compiled = torch.compile(unet, backend=count, dynamic=False)
+    with torch.no_grad():
+        both = sds.target(compiled, case["x0"], case["t"], case["context"], case["camera"], 7.0, 0.5)
+        for i in range(2):
+            one = sds.target(compiled, case["x0"][i:i + 1], case["t"][:1], case["context"][i::2].clone(memory_format=torch.contiguous_format),
+                             case["camera"][i:i + 1], 7.0, 0.5)
+            assert all(torch.allclose(alone[0], together[i], atol=1e-5) for alone, together in zip(one, both))
+    assert len(graphs) == 1
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("stage, settings", [(sds.Stage(8, 2, 1024), {}), (
     sds.Stage(16, 1, 2048), {"shading": True, "mode": "2d", "grey_background": True, "loss": "sds"})])
