@@ -77,6 +77,8 @@ class Settings:
     density_threshold: float = field(default=25.0, metadata={"help": "density at the mesh's surface", "min": 0})
 
 
+# ---------------------------------------------------------------- random draws and the loss
+
 def time_range(progress, t_min=(0.98, 0.02), t_max=(0.98, 0.50), anneal=0.8):
     """The annealed range of t as fractions of 1000: each end goes in a straight line from its first to its last value while
     `progress` (the share of the run that is done, 0..1) goes from 0 to `anneal`, then stays. Returns (low, high)."""
@@ -139,6 +141,9 @@ def loss(unet, x0, t, context, camera, guidance, rescale=0.5, kind="x0", noise=N
             weight = 1 - diffusion.alphas_cumprod(x0.device)[t][:, None, None, None, None]
             x0_hat = x0 - weight * (eps - noise)
     return 0.5 * ((x0 - x0_hat) ** 2).sum() / math.prod(x0.shape[:2])
+
+
+# ---------------------------------------------------------------- one step of the loop
 
 class Stage(NamedTuple):
     """What a step renders: sets of four views of size x size pixels, with so many samples of the field."""
