@@ -1,7 +1,7 @@
 """Photos as people have them -> squares of one size: turned as EXIF says, cropped, with alpha or without.
 
-A photo without alpha is cropped to the largest square in its middle. A cut-out is framed round its subject; a square may reach
-beyond the picture, where nothing is.
+A photo without alpha is cropped to the largest square in its middle. A cut-out is framed round its subject, unless it is
+a square that already is; the frame may reach beyond the picture, where nothing is.
 """
 import warnings
 from pathlib import Path
@@ -20,12 +20,15 @@ CUT_OUT = (1.1, 1.6)                             # a cut-out's frame, as a multi
 def crop_box(width, height, subject=None):
     """The square (left, top, right, bottom) that is kept of a picture, in pixels. subject: the box of what is not transparent.
 
-    A cut-out that fills its picture decently keeps the picture's longer side; a smaller or larger one gets a frame that suits it.
+    A cut-out that fills its square decently stays where it is; one that fills another picture decently keeps its longer side; a smaller
+    or larger one gets a frame that suits it.
     """
     left, top, right, bottom = subject or (0, 0, width, height)
     side = min(width, height)
     if subject:
         extent = max(right - left, bottom - top)
+        if width == height and CUT_OUT[0] * extent <= width <= CUT_OUT[1] * extent:
+            return 0, 0, width, height
         side = round(min(max(width, height, CUT_OUT[0] * extent), CUT_OUT[1] * extent))
     x, y = (left + right - side) // 2, (top + bottom - side) // 2
     return x, y, x + side, y + side

@@ -46,6 +46,7 @@ def test_a_photo_is_cropped_to_the_square_in_its_middle(tmp_path):
 
 def test_a_cut_out_is_framed_round_its_subject():
     assert crop_box(100, 100, (20, 10, 80, 90)) == (0, 0, 100, 100)              # framed well: as it is
+    assert crop_box(100, 100, (5, 12, 75, 92)) == (0, 0, 100, 100)               # also where the subject is not in the middle
     assert crop_box(100, 60, (70, 10, 90, 50)) == (48, -2, 112, 62)              # small and aside: 1.6 times its 40 pixels
     assert crop_box(60, 40, (0, 0, 60, 40)) == (-3, -13, 63, 53)                 # cut tight: room all round
     for box in (crop_box(100, 60, (70, 10, 90, 50)), crop_box(33, 81, (3, 3, 33, 80))):
