@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from mvd import cameras, cli, mesh, pictures, render, run, sds
 from mvd.device import (GraphedStep, can_compile, choose_device, choose_dtype, load_optimizer, random_state, set_random_state,
-                        side_stream)
+                        side_stream, tune)
 from mvd.errors import UserError
 from mvd.files import write_safetensors
 from mvd.model import MVDream
@@ -86,7 +86,7 @@ def distill(s, model, out, state=None):
             "step": step, "nerf": nerf.state_dict(), "occupancy": occupancy.state_dict(), "optimizer": optimizer.state_dict(),
             "random": random_state()})
 
-    stages = [sds.Stage(s.coarse_size, s.coarse_sets, s.coarse_budget), sds.Stage(s.fine_size, s.fine_sets, s.fine_budget)]
+    stages = sds.stages(s)
     schedule, now, graphed = sds.Schedule(device), None, None
     visits = {everywhere: GraphedStep(partial(occupancy.update, nerf.density, s.step_size, everywhere), device)
               for everywhere in (True, False)}
@@ -123,15 +123,14 @@ def distill(s, model, out, state=None):
 
 
 def main():
+    """The command: a prompt -> a run's folder with all results. Raises UserError; KeyboardInterrupt after Ctrl-C."""
     begin = time.time()
     s = cli.parse(Settings, description=__doc__)
     if not s.prompt.strip():
         raise UserError('the prompt is empty: say what to make, for example "a bulldog wearing a crown"')
     device = choose_device(s.device)
     dtype = choose_dtype(s.dtype, device)
-    torch.backends.cudnn.benchmark = True                                        # shapes never change
-    if dtype != torch.float32:
-        torch.set_float32_matmul_precision("high")                               # TF32 in the field's networks
+    tune(tf32=dtype != torch.float32)
     model = MVDream.load(s.model, device, dtype)
     s = cli.parse(Settings, description=__doc__, defaults=model.config.distill)  # a flag counts more than the model's header
     for low, high in (("coarsest", "finest"), ("t_min", "t_max")):

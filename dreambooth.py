@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from mvd import cli, data, diffusion, photos, run
-from mvd.device import GraphedStep, choose_device, random_state, set_random_state, side_stream
+from mvd.device import GraphedStep, choose_device, random_state, set_random_state, side_stream, tune
 from mvd.errors import UserError
 from mvd.masters import MasterAdamW, learning_rate
 from mvd.model import MVDream
@@ -124,6 +124,7 @@ def finetune(model, moments, tokens, s, out, state=None, show=None):
 
 
 def main(argv=None):
+    """The command: photos -> `--out` with the model. argv: the flags, or the command line's. Raises UserError."""
     s = cli.parse(Settings, argv, __doc__)
     if name_subject(s.prompt, "") == s.prompt:
         raise UserError('the prompt has no [v]: say where the identifier belongs, for example "a photo of [v] bulldog"')
@@ -147,8 +148,7 @@ def main(argv=None):
 
     # ---- the photos' latents, computed once ----
     torch.manual_seed(s.seed)
-    torch.backends.cudnn.benchmark = True
-    torch.set_float32_matmul_precision("high")
+    tune(tf32=True)
     rgba = torch.cat([rgba, rgba.flip(-1)]) if s.flips else rgba
     moments = data.moments(model.vae, rgba.to(device)[:, None], GREYS)       # [copies, N, 1, 2c, h, w]
     tokens = data.token_table(model.text, [prompts] * len(rgba)).to(device)      # [N, wordings, L]

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from mvd import cli, data, diffusion, run
-from mvd.device import GraphedStep, choose_device, random_state, set_random_state, side_stream
+from mvd.device import GraphedStep, choose_device, random_state, set_random_state, side_stream, tune
 from mvd.errors import UserError
 from mvd.masters import MasterAdamW, learning_rate
 from mvd.model import PRESETS, MVDream
@@ -153,8 +153,7 @@ def main(argv=None):
     device = choose_device(s.device)
     d = data.load(s.data)
     torch.manual_seed(s.seed)
-    torch.backends.cudnn.benchmark = True
-    torch.set_float32_matmul_precision("high")
+    tune(tf32=True)
     model = MVDream.load(s.init, device) if s.init else new_model(s.preset, d).to(device)
     config = model.config
     if s.init and d.sets.shape[-1] % model.size_multiple == 0:                   # it can draw any such size

@@ -10,18 +10,19 @@ and the rendering are fused by torch.compile, and the first call of a part that 
 """
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import cameras, cli, model, render, sds
-from .device import GraphedStep, can_compile, choose_device, choose_dtype, side_stream
+from .device import GraphedStep, can_compile, choose_device, choose_dtype, side_stream, tune
 from .model import MVDream
 
 
 @dataclass
 class Settings:
+    """The flags."""
     model: str = field(default="tiny", metadata={"help": "tiny, sd21 (random weights of the full size), or the path of a checkpoint"})
     device: str = field(default="auto", metadata={"help": "cuda, mps or cpu; auto takes the best"})
     dtype: str = field(default="auto", metadata={"help": "of the model; auto: bfloat16 on cuda, else float32",
@@ -69,7 +70,7 @@ def speeds(device, dtype):
 def parts(m, s, device):
     """What is measured: (name, function, bytes that it must move), the whole steps first, so that they pay for the compiler. m: MVDream,
     s: sds.Settings."""
-    stages = [sds.Stage(s.coarse_size, s.coarse_sets, s.coarse_budget), sds.Stage(s.fine_size, s.fine_sets, s.fine_budget)]
+    stages = sds.stages(s)
     nerf, occupancy, optimizer = sds.make_field(s, device)
     for _ in range(3):
         occupancy.update(nerf.density, s.step_size, everywhere=True)
@@ -81,9 +82,8 @@ def parts(m, s, device):
 
     for shading in (False, True):
         for stage in stages:
-            of_stage = sds.Settings(**{**vars(s), "shading": shading})
             yield (f"step, {4 * stage.sets} views of {stage.size}²{', shaded' * shading}",
-                   sds.make_step(of_stage, m, nerf, occupancy, optimizer, context, schedule, stage), 3 * corners * stage.budget)
+                   sds.make_step(replace(s, shading=shading), m, nerf, occupancy, optimizer, context, schedule, stage), 3 * corners * stage.budget)
 
     for stage in stages:
         c2w, fov = sds.draw_cameras(stage.sets, sds.VIEWS, device)
@@ -99,24 +99,25 @@ def parts(m, s, device):
         yield f"field, {stage.budget} samples of {4 * stage.sets} views of {stage.size}²", rendering, 3 * corners * stage.budget
 
     size = m.config.size
-    latent = (sds.VIEWS, m.config.unet.in_channels, *[size // 2 ** (len(m.config.vae.channel_mult) - 1)] * 2)
-    x, camera = torch.randn(2, *latent, device=device), torch.randn(2, sds.VIEWS, 16, device=device)
+    images = torch.rand(1, sds.VIEWS, 3, size, size, device=device, requires_grad=True)
+    with torch.no_grad():
+        z = m.encode(2 * images - 1).float()                                     # [1, V, c, h, w]
+    x, camera = torch.randn(2, *z.shape[1:], device=device), torch.randn(2, sds.VIEWS, 16, device=device)
     t = torch.full((2,), 500, device=device)
     yield "UNet, 8 views (4, both halves of guidance)", torch.no_grad()(lambda: m.unet(x, t, context, camera)), 0
 
-    images = torch.rand(1, sds.VIEWS, 3, size, size, device=device, requires_grad=True)
     yield (f"VAE, encoding 4 views of {size}² and its gradient",
            lambda: torch.autograd.grad(m.encode(2 * images - 1).float().square().sum(), images)[0], 0)
-    z = torch.randn(1, *latent, device=device)
     yield f"VAE, decoding 4 views of {size}²", torch.no_grad()(lambda: m.decode(z)), 0
 
 
 def main():
+    """The command: a line for every part as it is measured, then notes on what could not be."""
     flags = cli.parse(Settings, description=__doc__)
     begin = time.time()
     device = choose_device(flags.device)
     dtype = choose_dtype(flags.dtype, device)
-    torch.backends.cudnn.benchmark = True
+    tune(tf32=dtype != torch.float32)                                            # as distill.py
     torch.manual_seed(0)
     if flags.model == "sd21" or flags.model == "tiny" and not model.TINY.exists():
         with torch.device(device):
@@ -137,7 +138,7 @@ def main():
                  f"model was there after {loaded:.1f} s")
 
     counts = []
-    for part, function, traffic in parts(m, sds.Settings(**{**vars(s), "compile": False}), device):  # before anything is compiled
+    for part, function, traffic in parts(m, replace(s, compile=False), device):  # before anything is compiled
         with FlopCounterMode(display=False) as counter:
             function()
         counts.append(counter.get_total_flops())

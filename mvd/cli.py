@@ -31,11 +31,11 @@ def parse(cls, argv=None, description=None, defaults=None):
     "positional": True; "choices": [...]; "min", "max": bounds, included. defaults: {field: value} instead of the
     dataclass's own; one of another name is left out with a warning. A mistake ends in one line on stderr and exit status 2.
     """
-    for name in (defaults or {}).keys() - {f.name for f in dataclasses.fields(cls)}:
+    known = {f.name for f in dataclasses.fields(cls)}
+    for name in sorted(set(defaults or {}) - known):
         warnings.warn(f"the model's header asks for {name} = {defaults[name]!r}, which this version does not know: left out", stacklevel=2)
-        defaults = {key: value for key, value in defaults.items() if key != name}
     defaults = {**{f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING},
-                **(defaults or {})}
+                **{name: value for name, value in (defaults or {}).items() if name in known}}
     parser = Parser(description=description, allow_abbrev=False)
     types = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):

@@ -30,6 +30,13 @@ def choose_dtype(name, device):
     return getattr(torch, name if name != "auto" else "bfloat16" if device.type == "cuda" else "float32")
 
 
+def tune(tf32):
+    """For steps whose shapes never change, on CUDA: cuDNN may try its algorithms. tf32: matrix products that are left in float32, such
+    as the field's, may round to TF32."""
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+
+
 def can_compile(device):
     """Whether torch.compile works here: on CUDA, with Triton, and what Triton needs, a C compiler and Python's header files."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (7, 0) or not importlib.util.find_spec("triton"):

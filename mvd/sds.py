@@ -152,6 +152,11 @@ class Stage(NamedTuple):
     budget: int
 
 
+def stages(s):
+    """What the Settings s render at first, and from s.fine_from on: [Stage, Stage]."""
+    return [Stage(s.coarse_size, s.coarse_sets, s.coarse_budget), Stage(s.fine_size, s.fine_sets, s.fine_budget)]
+
+
 class Schedule:
     """What changes in the course of a run, as tensors [], so that a step which was captured once reads what is new."""
 

@@ -77,7 +77,8 @@ class ResBlock(nn.Module):
         self.conv2 = zeroed(nn.Conv2d(width, width, 3, padding=1))
         self.skip = StreamConv(width_in, width, 1) if width_in != width else nn.Identity()
 
-    def forward(self, x, embedding):                                             # x [N, C, h, w] float32, embedding [N, E]
+    def forward(self, x, embedding):
+        """x [N, C, h, w], of the residual stream; embedding [N, E] -> [N, width, h, w]."""
         h = self.conv1(self.norm1(x))
         h = h + self.embed(F.silu(embedding))[:, :, None, None]
         h = self.conv2(self.norm2(h))
@@ -114,7 +115,8 @@ class MultiViewTransformer(nn.Module):
         self.norm3, self.feed_in, self.feed_out = nn.LayerNorm(width), nn.Linear(width, 8 * width), nn.Linear(4 * width, width)
         self.proj_out = zeroed(nn.Linear(width, width))
 
-    def forward(self, x, context, views, attend_across_views):                   # x [B·V, C, h, w], context [B, L, D]
+    def forward(self, x, context, views, attend_across_views):
+        """x [B·V, C, h, w], of the residual stream; context [B, L, D]; views: V -> [B·V, C, h, w]."""
         height = x.shape[2]
         y = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))                # [B·V, h·w, C]
         per_view, tokens = y.shape[:2]
