@@ -17,7 +17,8 @@ def choose_device(name):
     """"auto" -> the best there is; else "cpu", "cuda", "cuda:1", "mps". Raises UserError if it is not there."""
     there = [*(f"cuda:{i}" for i in range(torch.cuda.device_count())), *["mps"] * torch.backends.mps.is_available(), "cpu"]
     name = there[0] if name == "auto" else name
-    if f"{name}:0" not in there and name not in there:
+    name = f"{name}:0" if f"{name}:0" in there else name                         # CUDA wants to know which
+    if name not in there:
         raise UserError(f"there is no device {name!r} here; there is: {', '.join(there)}")
     device = torch.device(name)
     if device.type == "cuda":

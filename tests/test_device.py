@@ -20,6 +20,16 @@ def test_choices():
     assert device.choose_dtype("float16", torch.device("cpu")) == torch.float16
 
 
+def test_a_name_without_a_number_is_the_first(monkeypatch):
+    set_to = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", set_to.append)
+    first, second = torch.device("cuda:0"), torch.device("cuda:1")
+    assert [device.choose_device(name) for name in ("auto", "cuda", "cuda:1")] == [first, first, second] == set_to
+    with pytest.raises(UserError, match="no device 'cuda:2' here; there is: cuda:0, cuda:1"):
+        device.choose_device("cuda:2")
+
+
 def test_random_state_goes_on_where_it_was():
     torch.manual_seed(3)
     state = device.random_state()
