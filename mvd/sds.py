@@ -132,7 +132,7 @@ def loss(unet, x0, t, context, camera, guidance, rescale=0.5, kind="x0", noise=N
     kind "sds": a loss whose gradient is w(t)(ε̂ − ε) / (B·V), w = 1 − ᾱ_t   (DreamFusion eq. 3); no rescale
     t [B]; context, camera, guidance as in `target`. noise: standard normal like x0, drawn if not given.
     """
-    x0 = x0.float()
+    x0 = x0.float().contiguous()                                                 # noise is drawn in the order of memory
     noise = torch.randn_like(x0) if noise is None else noise
     with torch.no_grad():
         x_t = diffusion.q_sample(x0, t, noise)

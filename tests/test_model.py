@@ -51,10 +51,20 @@ def test_latents_have_the_scale_factor(model):
     torch.manual_seed(1)
     drawn = model.encode(images, sample=True)
     torch.manual_seed(1)
-    noise = torch.randn_like(mean)
+    noise = torch.randn(mean.shape)
     torch.testing.assert_close(drawn, (0.5 * (mean + (logvar / 2).exp() * noise)).unflatten(0, (2, 3)))
     torch.testing.assert_close(model.decode(drawn).flatten(0, 1), model.vae.decode(drawn.flatten(0, 1) / 0.5))
     model.config.vae.scale_factor = 1.0
+
+
+def test_noise_does_not_depend_on_the_layout_in_memory(model, monkeypatch):
+    """Random numbers come in the order of memory, and a compiled encoder returns its channels last."""
+    mean, drawn = torch.randn(4, 8, 8, 8), []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        monkeypatch.setattr(model.vae, "encode", lambda _: (mean.to(memory_format=layout), torch.zeros_like(mean)))
+        torch.manual_seed(1)
+        drawn.append(model.encode(torch.zeros(1, 4, 3, 64, 64), sample=True))
+    torch.testing.assert_close(*drawn)
 
 
 def test_sample_is_guided_ddim_written_out(model):

@@ -243,6 +243,14 @@ def test_one_compiled_unet_serves_any_number_of_sets(unet, case):
     assert len(graphs) == 1
 
 
+def test_noise_does_not_depend_on_the_layout_in_memory(unet, case):
+    values = []
+    for x0 in (case["x0"], case["x0"].movedim(2, -1).contiguous().movedim(-1, 2)):
+        torch.manual_seed(1)
+        values.append(sds.loss(unet, x0, case["t"], case["context"], case["camera"], 7.0))
+    torch.testing.assert_close(*values)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("stage, settings", [(sds.Stage(8, 2, 1024), {}), (
     sds.Stage(16, 1, 2048), {"shading": True, "mode": "2d", "grey_background": True, "loss": "sds"})])
