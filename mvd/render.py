@@ -253,7 +253,7 @@ class Pictures:
 
 
 @torch.no_grad()
-def render_image(nerf, occupancy, c2w, fov_deg, size, background, step, normals=False, chunk=4096):
+def render_image(nerf, occupancy, c2w, fov_deg, size, background, step, normals=False, chunk=1024):
     """Pictures for people: every step in an occupied cell is looked at, nothing is random, albedo without shading.
 
     c2w [V, 4, 4], fov_deg a number or [V], size in pixels; background a number or [3] in [0, 1], or None for the
