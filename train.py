@@ -3,14 +3,15 @@
     python -m mvd.toyworld --out data/toy --objects 3600 --images 14400
     python train.py --data data/toy --out runs/tiny
     python train.py --data data/toy256 --out runs/mvdream --init sd21
+    python train.py --data data/toy --out runs/decoder --init tiny --vae-steps 4000 --steps 0
 
-As in the paper, --init keeps the autoencoder and the text tower as they are, and only the UNet learns, with its new camera MLP. A
-batch is multi-view with probability 0.7, else single images in 2D mode. On a GPU the whole training step is one CUDA graph.
-Ctrl-C or a kill loses at most --save-every steps: the same command with --resume goes on.
+As in the paper, --init keeps the autoencoder and the text tower as they are, and only the UNet learns, with its new camera MLP. With
+--vae-steps the decoder learns first; never the encoder, whose latents the UNet knows. A batch is multi-view with probability 0.7, else
+single images in 2D mode. On a GPU the whole training step is one CUDA graph. or a kill loses at most --save-every steps: the same command with --resume goes on.
 """
 import copy
 import random
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 
 import torch
 from tqdm import tqdm
@@ -30,8 +31,9 @@ class Settings:
     out: str = field(default="runs/tiny", metadata={"help": "folder for the model, pictures, log and checkpoint"})
     preset: str = field(default="tiny", metadata={"help": "sizes of the networks", "choices": tuple(PRESETS)})
     init: str = field(default="", metadata={"help": "start from sd21, or from the path of a checkpoint, at its size"})
-    vae_steps: int = field(default=4000, metadata={"help": "training steps of the autoencoder", "min": 0})
-    steps: int = field(default=16000, metadata={"help": "training steps of the UNet and the text tower", "min": 1})
+    vae_steps: int = field(default=4000, metadata={"help": "training steps of the autoencoder (with --init: 0, or so many of its decoder)",
+                                                   "min": 0})
+    steps: int = field(default=16000, metadata={"help": "training steps of the UNet and the text tower; 0 with --init", "min": 0})
     batch: int = field(default=64, metadata={"help": "multi-view sets in a batch; an image batch has four times as many pictures",
                                                 "min": 1})
     vae_lr: float = field(default=1e-3, metadata={"help": "peak learning rate of the autoencoder", "min": 0})
@@ -47,7 +49,7 @@ class Settings:
     resume: bool = field(default=False, metadata={"help": "go on from the checkpoint in --out"})
 
 
-FROM_INIT = dict(batch=4, lr=1e-5)  # defaults with --init, for 256² pixels and weights that know much already
+FROM_INIT = dict(batch=4, lr=1e-5, vae_steps=0)  # defaults with --init, for 256² pixels and weights that know much already
 MULTIVIEW_SHARE = 0.7          # MVDream §3.2
 UNCONDITIONAL_SHARE = 0.1      # text dropout, for guidance
 KL_WEIGHT = 1e-4               # of the autoencoder's latents, a number of the latent
@@ -149,7 +151,9 @@ def new_model(preset, d):
 def main(argv=None):
     s = cli.parse(Settings, argv, __doc__)
     if s.init:
-        s = replace(cli.parse(Settings, argv, __doc__, FROM_INIT), vae_steps=0)    # its autoencoder is trained
+        s = cli.parse(Settings, argv, __doc__, FROM_INIT)
+    elif s.steps == 0:
+        raise UserError("--steps 0 leaves the UNet as it is: name a model that has one with --init")
     device = choose_device(s.device)
     d = data.load(s.data)
     torch.manual_seed(s.seed)
@@ -176,12 +180,12 @@ def main(argv=None):
     run.truncate_log(out / "log.jsonl", state["step"] + (s.vae_steps if state["phase"] == "unet" else 0) + 1)
     sets, images = d.sets.to(device), d.images.to(device)                        # uint8 [N, 32, 4, H, W], [M, 4, H, W]
 
-    # ---- the autoencoder ----
+    # ---- the autoencoder, or its decoder ----
     def draw_pictures(batch):                                                    # three of four from the sets, on random greys
         n = batch * 3 // 4
         i, view, j = (torch.randint(high, (size,), device=device) for high, size in
                       ((len(sets), n), (sets.shape[1], n), (len(images), batch - n)))
-        return data.on_grey(torch.cat([sets[i, view], images[j]]), torch.rand(batch, device=device))
+        return data.on_grey(data.recolour(torch.cat([sets[i, view], images[j]])), torch.rand(batch, device=device))
 
     @torch.no_grad()
     def show_vae(step):
@@ -194,12 +198,23 @@ def main(argv=None):
         save_png(out / "progress" / f"vae_{step:06d}.png", grid(rows / 2 + 0.5, 8))
 
     if state["phase"] != "unet":
-        fit("vae", model, model.vae, {"loss": lambda: vae_loss(model.vae, draw_pictures(s.vae_batch))}, [1.0],
+        learning = torch.nn.ModuleList([model.vae.post_quant_conv, model.vae.decoder]) if s.init else model.vae
+        learning.requires_grad_(True)
+        fit("vae", model, learning, {"loss": lambda: vae_loss(model.vae, draw_pictures(s.vae_batch))}, [1.0],
             0, s.vae_steps, s.vae_lr, s, out, state if state["phase"] == "vae" else None, show_vae)
+
+    model.vae.requires_grad_(False)
+
+    def save():
+        model.save(out / "model.safetensors", torch.float16)
+        print(f"{out / 'model.safetensors'}: python sample.py --model {out / 'model.safetensors'} \"{prompts[0]}\"")
+
+    prompts = [d.image_captions[i][0] for i in range(0, len(d.image_captions), max(1, len(d.image_captions) // 8))][:8]
+    if s.steps == 0:
+        return save()
 
     # ---- the UNet and the text tower, on latents that are computed once ----
     torch.manual_seed(s.seed + 1)
-    model.vae.requires_grad_(False)
     try:
         set_moments = data.moments(model.vae, sets, s.copies)                    # [copies, N, 32, 2c, h, w]
         image_moments = data.moments(model.vae, images[:, None], s.copies)       # [copies, M, 1, 2c, h, w]
@@ -217,8 +232,6 @@ def main(argv=None):
     def single():
         return diffusion_loss(model, *data.draw_images(image_moments, image_tokens, 4 * s.batch), no_tokens)
 
-    prompts = [d.image_captions[i][0] for i in range(0, len(d.image_captions), max(1, len(d.image_captions) // 8))][:8]
-
     def show_samples(step):
         sets = model.sample(prompts, steps=25, seed=s.seed)                      # [8, 4, 3, H, W]
         singles = model.sample(prompts, steps=25, seed=s.seed, views=1, mode="2d")
@@ -230,8 +243,7 @@ def main(argv=None):
     trained = torch.nn.ModuleList([model.unet] if s.init else [model.unet, model.text])
     fit("unet", model, trained, {"multiview": multiview, "single": single}, [MULTIVIEW_SHARE, 1 - MULTIVIEW_SHARE],
         s.vae_steps, s.steps, s.lr, s, out, state if state["phase"] == "unet" else None, show_samples)
-    model.save(out / "model.safetensors", torch.float16)
-    print(f"{out / 'model.safetensors'}: python sample.py --model {out / 'model.safetensors'} \"{prompts[0]}\"")
+    save()
 
 
 if __name__ == "__main__":

@@ -86,6 +86,17 @@ def on_grey(rgba, grey):
     return 2 * (rgb * alpha + grey[..., None, None, None] * (1 - alpha)) - 1
 
 
+def recolour(rgba, share=0.5):
+    """uint8 pictures [N, 4, H, W] -> the same, a share of them in other colours: red, green and blue in a random order, each to a
+    random power, e^U[-1.2, 1.2]. An autoencoder that has seen twelve colours takes a wine red for brown."""
+    n, device = len(rgba), rgba.device
+    order = torch.rand(n, 3, device=device).argsort(1)[:, :, None, None]                                     # [N, 3, 1, 1]
+    power = torch.exp(2.4 * torch.rand(n, 3, 1, 1, device=device) - 1.2)
+    rgb = (rgba[:, :3].float() / 255).gather(1, order.expand(-1, -1, *rgba.shape[2:])) ** power
+    other = torch.cat([(255 * rgb).round().byte(), rgba[:, 3:]], 1)
+    return torch.where((torch.rand(n, device=device) < share)[:, None, None, None], other, rgba)
+
+
 def token_table(text, captions, suffix=""):
     """Every wording of every item as rows of the embedding table: int64 [N, wordings, L]; who has fewer wordings repeats them."""
     most = max(map(len, captions))
@@ -127,7 +138,8 @@ def draw_sets(moment, camera, tokens, batch):
 
 
 def draw_images(moment, tokens, batch):
-    """A batch of single images: z [B, 1, c, h, w] unscaled, tokens [B, L], and None for the camera: the 2D mode."""
+    """A batch of single images: z [B, 1, c, h, w] unscaled, tokens [B, L], or what else a table [M, wordings, ...] holds of each
+    wording, and None for the camera: the 2D mode."""
     device, (copies, items) = moment.device, moment.shape[:2]
     which, copy, wording = (torch.randint(high, (batch,), device=device) for high in (items, copies, tokens.shape[1]))
     return sample_latents(moment[copy, which]), tokens[which, wording], None

@@ -1,4 +1,6 @@
 """The data set in memory: layout, backgrounds, and what a batch is."""
+import math
+
 import pytest
 import torch
 
@@ -115,3 +117,28 @@ def test_token_table_adds_the_suffix():
                                  words=("3d", "a", "asset", "ball", "red")))
     table = data.token_table(tower, [["a red ball", "ball, red"]], ", 3d asset")
     assert torch.equal(table[0], tower.tokenize(["a red ball, 3d asset", "ball, red, 3d asset"]))
+
+
+def test_recolour_mixes_the_colours_and_nothing_else():
+    """Each picture: one order of its three colours and one power each, from the values themselves; alpha stays."""
+    torch.manual_seed(0)
+    rgba = torch.randint(256, (64, 4, 5, 5), dtype=torch.uint8)
+    assert torch.equal(data.recolour(rgba, 0.0), rgba)
+    other, orders = data.recolour(rgba, 1.0), set()
+    assert other.dtype == torch.uint8 and torch.equal(other[:, 3], rgba[:, 3])
+    for before, after in zip(rgba[:, :3].double() / 255, other[:, :3].double() / 255):
+        found = []
+        for channel in after:
+            fits = []
+            for source in before:
+                middling = (source > 0.2) & (source < 0.8)
+                powers = channel[middling].clamp(min=1e-9).log() / source[middling].log()
+                fits.append((powers.std() / powers.mean(), powers.mean()))
+            spread, power = min(fits)
+            assert spread < 0.05 and math.exp(-1.25) < power < math.exp(1.25)
+            found.append(fits.index((spread, power)))
+        assert sorted(found) == [0, 1, 2]
+        orders.add(tuple(found))
+    assert len(orders) == 6
+    share = (data.recolour(rgba, 0.25) != rgba).flatten(1).any(1).float().mean()
+    assert 0.05 < share < 0.5

@@ -57,7 +57,7 @@ def test_from_stable_diffusion_only_the_unet_learns(start, tmp_path, monkeypatch
     torch.save(released, tmp_path / "sd.ckpt")
     with pytest.warns(UserWarning, match="knows no cameras"):
         before = MVDream.load(tmp_path / "sd.ckpt")
-        whole = start("run", "--init", str(tmp_path / "sd.ckpt"))
+        whole = start("run", "--init", str(tmp_path / "sd.ckpt"), "--vae-steps", "0")
     model = MVDream.load(tmp_path / "run" / "model.safetensors")
     assert model.config.size == 64 and model.config.vae.scale_factor == 0.18215 and not model.config.text.words
     for part in ("vae", "text"):
@@ -71,9 +71,24 @@ def test_from_stable_diffusion_only_the_unet_learns(start, tmp_path, monkeypatch
     assert {row["phase"] for row in run.read_log(tmp_path / "run" / "log.jsonl")} == {"unet"}
 
     with pytest.warns(UserWarning, match="cameras"), killed_after(monkeypatch, lambda row: row["step"] == 3):
-        start("killed", "--init", str(tmp_path / "sd.ckpt"))
+        start("killed", "--init", str(tmp_path / "sd.ckpt"), "--vae-steps", "0")
     with pytest.warns(UserWarning, match="cameras"):
-        assert start("killed", "--init", str(tmp_path / "sd.ckpt"), "--resume") == whole
+        assert start("killed", "--init", str(tmp_path / "sd.ckpt"), "--vae-steps", "0", "--resume") == whole
+
+
+def test_a_decoder_alone_can_learn(start, tmp_path, monkeypatch):
+    """--init, --vae-steps and --steps 0: the latents and what draws them stay to the bit; and a killed run goes on."""
+    start("first")
+    init = ["--init", str(tmp_path / "first"), "--steps", "0", "--vae-lr", "0.01"]
+    whole = start("run", *init)
+    before, after = MVDream.load(tmp_path / "first").state_dict(), MVDream.load(tmp_path / "run").state_dict()
+    moved = {".".join(name.split(".")[:2]) for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"vae.decoder", "vae.post_quant_conv"}
+    with killed_after(monkeypatch, lambda row: row["step"] == 3):
+        start("killed", *init)
+    assert start("killed", *init, "--resume") == whole
+    with pytest.raises(UserError, match="--init"):
+        start("none", "--steps", "0")
 
 
 def test_pictures_of_another_size_than_the_model_draws(start, tmp_path):
