@@ -72,10 +72,10 @@ def preserve(weights, start, strength):
     return torch.cat([sums[:1] / count, sums[1:].sqrt()])
 
 
-def finetune(model, moments, tokens, s, out, state=None, show=None):
+def finetune(model, moments, contexts, s, out, state=None, show=None):
     """The loop; afterwards the UNet holds the new weights. Returns the steps done, fewer than s.steps after Ctrl-C.
 
-    moments [copies, N, 1, 2c, h, w]: the photos' latents (`data.moments`), tokens [N, W, L]: their wordings' (`data.token_table`).
+    moments [copies, N, 1, 2c, h, w]: the photos' latents (`data.moments`), contexts [N, W, L, D]: of their W wordings.
     state: what the checkpoint held, or None. show(step) draws pictures.
     """
     device, scale = model.device, model.config.vae.scale_factor
@@ -88,8 +88,8 @@ def finetune(model, moments, tokens, s, out, state=None, show=None):
         set_random_state(state["random"])
 
     def step():
-        z, rows, camera = data.draw_images(moments, tokens, s.batch)             # [B, 1, c, h, w] [B, L] None: the 2D mode
-        loss = diffusion.loss(model.unet, scale * z, model.text(rows), camera)
+        z, context, camera = data.draw_images(moments, contexts, s.batch)        # [B, 1, c, h, w] [B, L, D] None: the 2D mode
+        loss = diffusion.loss(model.unet, scale * z, context, camera)
         adam.backward(loss)
         measured = preserve(adam.weights, theta0, s.preservation)
         adam.step()
@@ -146,24 +146,31 @@ def main(argv=None):
     run.truncate_log(out / "log.jsonl", state["step"] + 1 if state else 1)
     save_png(out / "photos.png", grid(data.on_grey(rgba, torch.full((len(rgba),), 0.8)) / 2 + 0.5, 5))
 
-    # ---- the photos' latents, computed once ----
+    # ---- the photos' latents and what they are called, computed once ----
     torch.manual_seed(s.seed)
     tune(tf32=True)
     rgba = torch.cat([rgba, rgba.flip(-1)]) if s.flips else rgba
     moments = data.moments(model.vae, rgba.to(device)[:, None], GREYS)       # [copies, N, 1, 2c, h, w]
-    tokens = data.token_table(model.text, [prompts] * len(rgba)).to(device)      # [N, wordings, L]
+    contexts = model.embed(prompts).expand(len(rgba), -1, -1, -1)                # [N, wordings, L, D]
+
+    def rest(place):                                                             # what does not learn makes room for what does
+        model.text.to(place)
+        model.vae.to(place)
 
     def show(step):
         """Three rows: the subject from four sides, its class from four sides, and four pictures of the subject in 2D mode."""
+        rest(device)
         with_v, without = model.sample([prompts[0], plain], steps=25, seed=s.seed)   # [4, 3, H, W] each
         singles = model.sample(prompts[0], steps=25, seed=s.seed, mode="2d")[0]
+        rest("cpu")
         save_png(out / "progress" / f"samples_{step:06d}.png", grid(torch.cat([with_v, without, singles]), 4))
         rows = run.read_log(out / "log.jsonl")
         save_curve(out / "curves.png", {label: [(row["step"], row[name]) for row in rows] for name, label in (
             ("loss", "diffusion loss"), ("preservation", "preservation loss"), ("share", "its share of the gradient"),
             ("distance", "distance from the start"))}, "step", "", log_scale=True)
 
-    done = finetune(model, moments, tokens, s, out, state, show)
+    rest("cpu")
+    done = finetune(model, moments, contexts, s, out, state, show)
     if done < s.steps:
         print(f"interrupted after {done} of {s.steps} steps; go on with the same command and --resume")
         raise KeyboardInterrupt

@@ -10,7 +10,7 @@ from PIL import Image
 import distill
 import dreambooth
 import sample
-from mvd import MVDream, cli, data, diffusion, run
+from mvd import MVDream, cli, diffusion, run
 from mvd.errors import UserError
 from mvd.files import write_safetensors
 from mvd.masters import learning_rate
@@ -83,12 +83,11 @@ def test_gradient_of_the_preservation_loss():
 def test_a_step_is_adamw_on_both_losses(folder, tmp_path):
     """One step of `finetune` from the second on, by hand: at θ0 the preservation loss has no gradient, one step later it has."""
     model = MVDream.load(folder / "small.safetensors")
-    moments, tokens = torch.rand(2, 3, 1, 16, 8, 8), model.text.tokenize(["a photo of phol bulldog"]).expand(3, 1, -1)
-    context = model.embed(["a photo of phol bulldog"])
+    moments, context = torch.rand(2, 3, 1, 16, 8, 8), model.embed(["a photo of phol bulldog"])
     s = dreambooth.Settings("", PROMPT, steps=2, batch=2, lr=1e-3, preservation=1e4)
     plain = copy.deepcopy(model.unet).requires_grad_(True)
     torch.manual_seed(5)
-    assert dreambooth.finetune(model, moments, tokens, s, tmp_path) == 2
+    assert dreambooth.finetune(model, moments, context.expand(3, 1, -1, -1), s, tmp_path) == 2
     parameters = [p for name, p in plain.named_parameters() if not name.startswith("camera_mlp")]
     theta0, count = [p.detach().clone() for p in parameters], sum(p.numel() for p in plain.parameters())
     adam = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
@@ -114,8 +113,7 @@ def test_it_learns_the_photos_and_a_strong_preservation_holds_it_back(folder, tm
         torch.manual_seed(0)
         s = dreambooth.Settings("", PROMPT, steps=20, batch=2, lr=5e-3, preservation=strength)
         (tmp_path / out).mkdir()
-        tokens = model.text.tokenize(["a bulldog"]).expand(3, 1, -1)
-        dreambooth.finetune(model, torch.ones(1, 3, 1, 16, 8, 8), tokens, s, tmp_path / out)
+        dreambooth.finetune(model, torch.ones(1, 3, 1, 16, 8, 8), model.embed(["a bulldog"]).expand(3, 1, -1, -1), s, tmp_path / out)
         rows = run.read_log(tmp_path / out / "log.jsonl")
         return rows[0], rows[-1]
     first, last = distance_and_loss(0.0, "free")
@@ -128,11 +126,14 @@ def test_it_learns_the_photos_and_a_strong_preservation_holds_it_back(folder, tm
     ("a photo of [v] bulldog", ["a photo of phol bulldog", "phol bulldog", "phol bulldog , 3d asset"]),
     ("[V] bulldog", ["phol bulldog", "phol bulldog", "phol bulldog , 3d asset"])])
 def test_wordings_are_what_later_prompts_will_say(start, monkeypatch, prompt, expected):
-    asked = []
-    table = data.token_table
-    monkeypatch.setattr(data, "token_table", lambda text, captions: asked.append(captions) or table(text, captions))
+    asked, given = [], []
+    embed, learn = MVDream.embed, dreambooth.finetune
+    monkeypatch.setattr(MVDream, "embed", lambda self, prompts: asked.append(prompts) or embed(self, prompts))
+    monkeypatch.setattr(dreambooth, "finetune", lambda model, *rest: given.extend([model, rest[1]]) or learn(model, *rest))
     start("run", "--wordings", "--steps", "1", prompt=prompt)
-    assert asked == [[expected] * 3]
+    assert asked == [expected]
+    model, contexts = given
+    assert torch.equal(contexts, embed(model, expected)[None].expand(3, -1, -1, -1))       # the same for every photo
 
 
 def test_the_rate_falls_along_the_cosine(folder, tmp_path):
@@ -142,9 +143,9 @@ def test_the_rate_falls_along_the_cosine(folder, tmp_path):
         model = MVDream.load(folder / "small.safetensors")
         s = dreambooth.Settings("", PROMPT, steps=4, batch=2, lr=1e-3, weight_decay=0.0, cosine=cosine)
         before = model.unet.conv_out.weight.detach().clone()
-        tokens = model.text.tokenize(["a bulldog"]).expand(3, 1, -1)
+        context = model.embed(["a bulldog"]).expand(3, 1, -1, -1)
         torch.manual_seed(0)
-        dreambooth.finetune(model, torch.rand(1, 3, 1, 16, 8, 8), tokens, s, tmp_path)
+        dreambooth.finetune(model, torch.rand(1, 3, 1, 16, 8, 8), context, s, tmp_path)
         moved[cosine] = (model.unet.conv_out.weight - before).abs().max().item()
     rates = [learning_rate(step, 4, 1e-3) for step in range(4)]
     assert moved[False] > 3e-3 and 0.5 * sum(rates) < moved[True] <= 1.05 * sum(rates) < 2.7e-3
@@ -242,14 +243,14 @@ def test_a_photo_too_few_is_named_and_the_rest_is_used(start, folder, tmp_path):
 @pytest.mark.gpu
 def test_full_size_fits_and_is_quick(tmp_path):
     """Issue's bounds: at most 24 GiB and at least 8 steps a second, SD 2.1 size, random weights, one H200."""
-    model = MVDream.random("sd21").cuda().requires_grad_(False)
+    model = MVDream.random("sd21")
     s = dreambooth.Settings("", PROMPT, steps=20, save_every=10 ** 6)
-    moments, tokens = torch.rand(1, 3, 1, 8, 32, 32, device="cuda"), model.text.tokenize(["a photo of phol bulldog"]).cuda()
-    tokens = tokens.expand(3, 1, -1)
+    moments, context = torch.rand(1, 3, 1, 8, 32, 32, device="cuda"), model.embed(["a photo of phol bulldog"]).cuda().expand(3, 1, -1, -1)
+    model.unet.cuda()                                                            # the rest waits on the CPU, as in the command
     torch.cuda.reset_peak_memory_stats()
-    dreambooth.finetune(model, moments, tokens, s, tmp_path)
+    dreambooth.finetune(model, moments, context, s, tmp_path)
     assert torch.cuda.max_memory_reserved() < 24 * 2 ** 30
     marks = []
-    dreambooth.finetune(model, moments, tokens, dreambooth.Settings("", PROMPT, steps=60, sample_every=20, save_every=10 ** 6), tmp_path,
+    dreambooth.finetune(model, moments, context, dreambooth.Settings("", PROMPT, steps=60, sample_every=20, save_every=10 ** 6), tmp_path,
                         show=lambda step: (torch.cuda.synchronize(), marks.append(time.time())))
     assert 40 / (marks[2] - marks[0]) > 8
