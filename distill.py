@@ -87,7 +87,8 @@ def distill(s, model, out, state=None):
             "random": random_state()})
 
     stages = sds.stages(s)
-    schedule, now, graphed = sds.Schedule(device), None, None
+    schedule, done = sds.Schedule(device), start
+    stage, graphed, compiled = None, None, False
     visits = {everywhere: GraphedStep(partial(occupancy.update, nerf.density, s.step_size, everywhere), device)
               for everywhere in (True, False)}
     show_every, compiler = max(1, s.steps // 20), s.compile and s.steps >= COMPILE_FROM and can_compile(device)
@@ -95,11 +96,11 @@ def distill(s, model, out, state=None):
         bar = tqdm(range(start, s.steps), initial=start, total=s.steps, desc=s.prompt)
         for step in bar:
             progress = step / s.steps
-            stage, compiled = stages[progress >= s.fine_from], compiler and step >= FIRST_LOOK
-            if (stage, compiled) != now:                                         # the first step, or now larger, or now compiled
-                if compiled and not (now and now[1]):
-                    model.compile_networks()
-                now, graphed = (stage, compiled), None                           # the earlier step's memory is free
+            wanted, compile_now = stages[progress >= s.fine_from], compiler and step >= FIRST_LOOK
+            if compile_now and not compiled:
+                model.compile_networks()
+            if (wanted, compile_now) != (stage, compiled):                       # the first step, or now larger, or now compiled
+                stage, compiled, graphed = wanted, compile_now, None             # the earlier step's memory is free
                 graphed = GraphedStep(sds.make_step(replace(s, compile=compiled), model, nerf, occupancy, optimizer, context,
                                                     schedule, stage), device)
             schedule.set(s, progress)
@@ -119,7 +120,7 @@ def distill(s, model, out, state=None):
                 checkpoint(done)
             if interrupted.is_set():
                 break
-    return nerf, occupancy, done if start < s.steps else s.steps
+    return nerf, occupancy, done
 
 
 def main():

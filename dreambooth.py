@@ -153,23 +153,25 @@ def main(argv=None):
     moments = data.moments(model.vae, rgba.to(device)[:, None], GREYS)       # [copies, N, 1, 2c, h, w]
     contexts = model.embed(prompts).expand(len(rgba), -1, -1, -1)                # [N, wordings, L, D]
 
-    def rest(place):                                                             # what does not learn makes room for what does
+    def set_aside(place):                                                        # what does not learn makes room for what does
         model.text.to(place)
         model.vae.to(place)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()                                             # the loop's stream cannot use what this one keeps
 
     def show(step):
         """Three rows: the subject from four sides, its class from four sides, and four pictures of the subject in 2D mode."""
-        rest(device)
+        set_aside(device)
         with_v, without = model.sample([prompts[0], plain], steps=25, seed=s.seed)   # [4, 3, H, W] each
         singles = model.sample(prompts[0], steps=25, seed=s.seed, mode="2d")[0]
-        rest("cpu")
+        set_aside("cpu")
         save_png(out / "progress" / f"samples_{step:06d}.png", grid(torch.cat([with_v, without, singles]), 4))
         rows = run.read_log(out / "log.jsonl")
         save_curve(out / "curves.png", {label: [(row["step"], row[name]) for row in rows] for name, label in (
             ("loss", "diffusion loss"), ("preservation", "preservation loss"), ("share", "its share of the gradient"),
             ("distance", "distance from the start"))}, "step", "", log_scale=True)
 
-    rest("cpu")
+    set_aside("cpu")
     done = finetune(model, moments, contexts, s, out, state, show)
     if done < s.steps:
         print(f"interrupted after {done} of {s.steps} steps; go on with the same command and --resume")

@@ -3,11 +3,12 @@
     python -m mvd.toyworld --out data/toy --objects 3600 --images 14400
     python train.py --data data/toy --out runs/tiny
     python train.py --data data/toy256 --out runs/mvdream --init sd21
-    python train.py --data data/toy --out runs/decoder --init tiny --vae-steps 4000 --steps 0
+    python train.py --data data/toy --out runs/decoder --init tiny --vae-steps 2500 --steps 0
 
-As in the paper, --init keeps the autoencoder and the text tower as they are, and only the UNet learns, with its new camera MLP. With
---vae-steps the decoder learns first; never the encoder, whose latents the UNet knows. A batch is multi-view with probability 0.7, else
-single images in 2D mode. On a GPU the whole training step is one CUDA graph. or a kill loses at most --save-every steps: the same command with --resume goes on.
+As in the paper, --init keeps the text tower and the autoencoder as they are, and the UNet learns, with its new camera MLP; the decoder
+learns, too, before it, if --vae-steps asks for it, but never the encoder, whose latents the UNet knows. A batch is multi-view with probability 0.7, else
+single images in 2D mode. On a GPU the whole training step is one CUDA graph. Ctrl-C or a kill loses at most --save-every steps: the
+same command with --resume goes on.
 """
 import copy
 import random
@@ -30,10 +31,11 @@ class Settings:
     data: str = field(default="data/toy", metadata={"help": "folder of rendered sets and images (python -m mvd.toyworld)"})
     out: str = field(default="runs/tiny", metadata={"help": "folder for the model, pictures, log and checkpoint"})
     preset: str = field(default="tiny", metadata={"help": "sizes of the networks", "choices": tuple(PRESETS)})
-    init: str = field(default="", metadata={"help": "start from sd21, or from the path of a checkpoint, at its size"})
-    vae_steps: int = field(default=4000, metadata={"help": "training steps of the autoencoder (with --init: 0, or so many of its decoder)",
-                                                   "min": 0})
-    steps: int = field(default=16000, metadata={"help": "training steps of the UNet and the text tower; 0 with --init", "min": 0})
+    init: str = field(default="", metadata={"help": "start from tiny, mvdream-sd21, sd21, or the path of a checkpoint, whatever --preset says"})
+    vae_steps: int = field(default=4000, metadata={"help": "training steps of the autoencoder; with --init, of its decoder alone, and 0 "
+                                                           "unless given", "min": 0})
+    steps: int = field(default=16000, metadata={"help": "training steps of the UNet and, without --init, the text tower; 0: only the decoder "
+                                                         "learns (needs --init)", "min": 0})
     batch: int = field(default=64, metadata={"help": "multi-view sets in a batch; an image batch has four times as many pictures",
                                                 "min": 1})
     vae_lr: float = field(default=1e-3, metadata={"help": "peak learning rate of the autoencoder", "min": 0})
@@ -49,7 +51,7 @@ class Settings:
     resume: bool = field(default=False, metadata={"help": "go on from the checkpoint in --out"})
 
 
-FROM_INIT = dict(batch=4, lr=1e-5, vae_steps=0)  # defaults with --init, for 256² pixels and weights that know much already
+FROM_INIT = dict(batch=4, lr=1e-5, vae_steps=0, vae_batch=8, vae_lr=1e-4)  # defaults with --init, for 256² and weights that know much
 MULTIVIEW_SHARE = 0.7          # MVDream §3.2
 UNCONDITIONAL_SHARE = 0.1      # text dropout, for guidance
 KL_WEIGHT = 1e-4               # of the autoencoder's latents, a number of the latent
@@ -152,19 +154,20 @@ def main(argv=None):
     s = cli.parse(Settings, argv, __doc__)
     if s.init:
         s = cli.parse(Settings, argv, __doc__, FROM_INIT)
-    elif s.steps == 0:
-        raise UserError("--steps 0 leaves the UNet as it is: name a model that has one with --init")
+    if s.steps == 0 and not (s.init and s.vae_steps):
+        raise UserError("--steps 0 leaves the UNet as it is: name a model with --init, and with --vae-steps how long its decoder learns")
     device = choose_device(s.device)
     d = data.load(s.data)
     torch.manual_seed(s.seed)
     tune(tf32=True)
     model = MVDream.load(s.init, device) if s.init else new_model(s.preset, d).to(device)
     config = model.config
-    if s.init and d.sets.shape[-1] % model.size_multiple == 0:                   # it can draw any such size
-        config.size = d.sets.shape[-1]
-    if d.sets.shape[-1] != config.size:
-        raise UserError(f"{s.data} has pictures of {d.sets.shape[-1]} pixels, but this model needs "
+    size = d.sets.shape[-1]
+    if size % model.size_multiple if s.init else size != config.size:
+        raise UserError(f"{s.data} has pictures of {size} pixels, but this model needs "
                         f"{f'a multiple of {model.size_multiple}' if s.init else config.size}; make others")
+    if s.init and s.steps:                                                       # what the UNet learns to draw
+        config.size = size
     model.unet.requires_grad_(True)                                              # what --init loads, it loads for inference
     set_tokens = data.token_table(model.text, d.set_captions, config.suffix).to(device)
     image_tokens = data.token_table(model.text, d.image_captions).to(device)
@@ -181,16 +184,16 @@ def main(argv=None):
     sets, images = d.sets.to(device), d.images.to(device)                        # uint8 [N, 32, 4, H, W], [M, 4, H, W]
 
     # ---- the autoencoder, or its decoder ----
-    def draw_pictures(batch):                                                    # three of four from the sets, on random greys
+    def draw_pictures(batch, share=0.5):                                         # three of four from the sets, on random greys
         n = batch * 3 // 4
         i, view, j = (torch.randint(high, (size,), device=device) for high, size in
                       ((len(sets), n), (sets.shape[1], n), (len(images), batch - n)))
-        return data.on_grey(data.recolour(torch.cat([sets[i, view], images[j]])), torch.rand(batch, device=device))
+        return data.on_grey(data.recolour(torch.cat([sets[i, view], images[j]]), share), torch.rand(batch, device=device))
 
     @torch.no_grad()
     def show_vae(step):
         torch.manual_seed(s.seed)
-        pictures = draw_pictures(64)
+        pictures = draw_pictures(64, share=0.0)                                  # in the colours of the data
         decoded = model.vae.decode(model.vae.encode(pictures)[0]).float().clamp(-1, 1)
         psnr = -10 * torch.log10(torch.mean((decoded - pictures) ** 2 / 4)).item()
         run.log(out / "log.jsonl", phase="vae", step=step, psnr=psnr)
@@ -204,12 +207,12 @@ def main(argv=None):
             0, s.vae_steps, s.vae_lr, s, out, state if state["phase"] == "vae" else None, show_vae)
 
     model.vae.requires_grad_(False)
+    prompts = [d.image_captions[i][0] for i in range(0, len(d.image_captions), max(1, len(d.image_captions) // 8))][:8]
 
     def save():
         model.save(out / "model.safetensors", torch.float16)
         print(f"{out / 'model.safetensors'}: python sample.py --model {out / 'model.safetensors'} \"{prompts[0]}\"")
 
-    prompts = [d.image_captions[i][0] for i in range(0, len(d.image_captions), max(1, len(d.image_captions) // 8))][:8]
     if s.steps == 0:
         return save()
 

@@ -5,8 +5,9 @@
 
 A part's floor is the time that its arithmetic takes at the speed of a large matrix product, and then its memory traffic at the speed
 of a copy; both speeds are measured first. Operations are counted by PyTorch's FlopCounterMode; bytes are those that the hash grid must
-move if nothing is cached: eight corners of two float32 a level and sample, read once and, for the gradient, read and written. Milliseconds are medians. On CUDA every part is a captured graph, so launches cost nothing; with --compile, the networks
-and the rendering are fused by torch.compile, and the first call of a part that needs them pays for that.
+move if nothing is cached: eight corners of two float32 a level and sample, read once and, for the gradient, read and written.
+Milliseconds are medians. On CUDA every part is a captured graph, so launches cost nothing; with --compile, the networks and the
+rendering are fused by torch.compile, and the first call of a part that needs them pays for that.
 """
 import json
 import time
@@ -59,7 +60,8 @@ def measure(function, device, seconds=1.0):
 
 
 def speeds(device, dtype):
-    """What a torch.device can do in a dtype: (floating point operations a second of a large matrix product, bytes a second of a large copy)."""
+    """What a torch.device can do in a dtype: (floating point operations a second of a large matrix product, bytes a second of a large
+    copy)."""
     side, long = (8192, 1 << 30) if device.type == "cuda" else (1024, 1 << 26)
     a, b = torch.randn(2, side, side, device=device, dtype=dtype).unbind()
     here, there = torch.ones(2, long // 4, device=device).unbind()
@@ -83,7 +85,8 @@ def parts(m, s, device):
     for shading in (False, True):
         for stage in stages:
             yield (f"step, {4 * stage.sets} views of {stage.size}²{', shaded' * shading}",
-                   sds.make_step(replace(s, shading=shading), m, nerf, occupancy, optimizer, context, schedule, stage), 3 * corners * stage.budget)
+                   sds.make_step(replace(s, shading=shading), m, nerf, occupancy, optimizer, context, schedule, stage),
+                   3 * corners * stage.budget)
 
     for stage in stages:
         c2w, fov = sds.draw_cameras(stage.sets, sds.VIEWS, device)

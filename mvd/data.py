@@ -137,9 +137,9 @@ def draw_sets(moment, camera, tokens, batch):
     return sample_latents(moment[copy, which, view]), tokens[which[:, 0], wording], camera[which, view]
 
 
-def draw_images(moment, tokens, batch):
-    """A batch of single images: z [B, 1, c, h, w] unscaled, tokens [B, L], or what else a table [M, wordings, ...] holds of each
-    wording, and None for the camera: the 2D mode."""
+def draw_images(moment, texts, batch):
+    """A batch of single images. texts [M, W, ...]: of each item's W wordings, its tokens or its context. Returns z [B, 1, c, h, w]
+    unscaled, texts [B, ...], and None for the camera: the 2D mode."""
     device, (copies, items) = moment.device, moment.shape[:2]
-    which, copy, wording = (torch.randint(high, (batch,), device=device) for high in (items, copies, tokens.shape[1]))
-    return sample_latents(moment[copy, which]), tokens[which, wording], None
+    which, copy, wording = (torch.randint(high, (batch,), device=device) for high in (items, copies, texts.shape[1]))
+    return sample_latents(moment[copy, which]), texts[which, wording], None

@@ -206,9 +206,12 @@ def make_step(s, model, nerf, occupancy, optimizer, context, schedule, stage):
         origins, directions = origins.reshape(-1, 3), directions.reshape(-1, 3)  # [R, 3]
         background = torch.where(plain, colour, nerf.background(directions))     # [R, 3]
         shading = None
-        if s.shading:                                                            # albedo 25%, diffuse 37.5%, textureless 37.5%
-            (kind, softness), places = lamp[0].unbind(), lamp[1][..., None, :].expand(-1, -1, size * size, -1).reshape(-1, 3)
-            shading = render.Shading(places, softness * (kind > 0.25) * schedule.light, (kind > 0.625) * schedule.light)
+        if s.shading:
+            draws, position = lamp                                               # [2] [sets, V, 3]
+            kind, softness = draws.unbind()
+            lit, white = kind > 0.25, kind > 0.625                               # albedo 25%, diffuse 37.5%, textureless 37.5%
+            light = position[..., None, :].expand(-1, -1, size * size, -1).reshape(-1, 3)        # one a ray, [R, 3]
+            shading = render.Shading(light, softness * lit * schedule.light, white * schedule.light)
         seen = render.render(nerf, occupancy, origins, directions, background, budget, s.step_size, jitter, phase, shading)
         images = seen.rgb.view(sets * VIEWS, size, size, 3).movedim(-1, 1)       # [sets·V, 3, H, W]
         images = F.interpolate(images, (model.config.size,) * 2, mode="bilinear", antialias=size > model.config.size)

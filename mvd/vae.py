@@ -58,7 +58,7 @@ class Attention(nn.Module):
     def forward(self, x):
         hidden = self.norm(x)
         query, key, value = (layer(hidden).flatten(2).mT for layer in (self.query, self.key, self.value))      # [N, h*w, C]
-        attend = (query * x.shape[1] ** -0.5 @ key.mT).softmax(-1)                  # written out: fused kernels are slow with so wide a head
+        attend = (query * x.shape[1] ** -0.5 @ key.mT).softmax(-1)               # fused kernels are slow with so wide a head
         return x + self.out((attend @ value).mT.unflatten(2, x.shape[2:]))
 
 

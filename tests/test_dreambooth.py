@@ -19,6 +19,7 @@ from scripts import Killed, killed_after, saved_model
 from test_model import small_config
 
 PROMPT = "a photo of [v] bulldog"
+SAMPLE = MVDream.sample
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +239,20 @@ def test_a_photo_too_few_is_named_and_the_rest_is_used(start, folder, tmp_path):
     (photos / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     with pytest.warns(UserWarning, match="broken.jpg.*left out"):
         start("out", photos=photos)
+
+
+@pytest.mark.gpu
+def test_pictures_are_drawn_between_captured_steps(start, tmp_path, monkeypatch):
+    """Text tower and autoencoder come back for the pictures and go again, before the capture and after it."""
+    start("cpu")
+    monkeypatch.setattr(MVDream, "sample", SAMPLE)
+    start("gpu", "--device", "cuda", "--sample-every", "2")
+    rows = run.read_log(tmp_path / "gpu" / "log.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 7)) and rows[-1]["distance"] > rows[0]["distance"] > 0
+    assert len(list((tmp_path / "gpu" / "progress").iterdir())) == 3
+    for part in ("vae", "text"):
+        on_cpu, on_gpu = (getattr(MVDream.load(tmp_path / out), part).state_dict() for out in ("cpu", "gpu"))
+        assert all(torch.equal(on_cpu[name], on_gpu[name]) for name in on_cpu)
 
 
 @pytest.mark.gpu

@@ -76,19 +76,33 @@ def test_from_stable_diffusion_only_the_unet_learns(start, tmp_path, monkeypatch
         assert start("killed", "--init", str(tmp_path / "sd.ckpt"), "--vae-steps", "0", "--resume") == whole
 
 
-def test_a_decoder_alone_can_learn(start, tmp_path, monkeypatch):
-    """--init, --vae-steps and --steps 0: the latents and what draws them stay to the bit; and a killed run goes on."""
+@pytest.mark.parametrize("steps, killed_at", [(0, 3), (6, 3), (6, 9)])
+def test_the_decoder_can_learn_without_the_encoder(start, tmp_path, monkeypatch, steps, killed_at):
+    """--init and --vae-steps: what makes the latents stays to the bit, with --steps 0 the UNet, too; and a killed run goes on."""
     start("first")
-    init = ["--init", str(tmp_path / "first"), "--steps", "0", "--vae-lr", "0.01"]
+    init = ["--init", str(tmp_path / "first"), "--vae-steps", "4", "--steps", str(steps), "--vae-lr", "0.01"]
     whole = start("run", *init)
     before, after = MVDream.load(tmp_path / "first").state_dict(), MVDream.load(tmp_path / "run").state_dict()
-    moved = {".".join(name.split(".")[:2]) for name in before if not torch.equal(before[name], after[name])}
-    assert moved == {"vae.decoder", "vae.post_quant_conv"}
-    with killed_after(monkeypatch, lambda row: row["step"] == 3):
+    moved = {name.split(".")[0] if "unet" in name else ".".join(name.split(".")[:2]) for name in before
+             if not torch.equal(before[name], after[name])}
+    assert moved == {"vae.decoder", "vae.post_quant_conv"} | ({"unet"} if steps else set())
+    with killed_after(monkeypatch, lambda row: row["step"] == killed_at):
         start("killed", *init)
     assert start("killed", *init, "--resume") == whole
-    with pytest.raises(UserError, match="--init"):
-        start("none", "--steps", "0")
+
+
+@pytest.mark.parametrize("flags", [[], ["--init", "tiny", "--vae-steps", "0"]])
+def test_a_training_of_nothing_is_refused(start, tmp_path, flags):
+    with pytest.raises(UserError, match="--init.*--vae-steps"):
+        start("none", "--steps", "0", *flags)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_decoder_alone_does_not_change_the_size_of_pictures(start, tmp_path):
+    start("first")
+    toy_data.write(tmp_path / "large", size=128)
+    start("run", "--data", str(tmp_path / "large"), "--init", str(tmp_path / "first"), "--steps", "0")
+    assert MVDream.load(tmp_path / "run").config.size == 64
 
 
 def test_pictures_of_another_size_than_the_model_draws(start, tmp_path):
