@@ -17,7 +17,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import cameras, cli, model, render, sds
-from .device import GraphedStep, can_compile, choose_device, choose_dtype, side_stream, tune
+from .device import EAGER_CALLS, GraphedStep, can_compile, choose_device, choose_dtype, side_stream, tune
 from .model import MVDream
 
 
@@ -50,7 +50,7 @@ def measure(function, device, seconds=1.0):
     with side_stream(device):
         step = GraphedStep(function, device)
         first = timed(step)
-        for _ in range(4 if cuda else 1):                                        # until it is captured, or warm
+        for _ in range(EAGER_CALLS if cuda else 1):                              # until it is captured, or warm
             timed(step)
         begin = time.perf_counter()
         while len(times) < 3 or time.perf_counter() - begin < seconds:

@@ -64,10 +64,13 @@ def load_optimizer(optimizer, state):
     optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
+EAGER_CALLS = 3                                  # of a GraphedStep, before it is captured
+
+
 class GraphedStep:
     """A step (a function of tensors that trains or predicts, and returns a tensor or None) whose launches cost nothing.
 
-    On CUDA the first three calls run as they are, as the allocator, the compiler and the optimizer's state need; then the step is
+    On CUDA the first EAGER_CALLS calls run as they are, as the allocator, the compiler and the optimizer's state need; then the step is
     captured as a CUDA graph, and every later call copies its arguments to where the graph reads them, replays it, and returns the same
     tensor with new numbers; the step's Python runs no more. It must keep its shapes and never wait for the device. Elsewhere: just the
     step. Call it within `side_stream`, since the default stream cannot be captured.
@@ -78,7 +81,7 @@ class GraphedStep:
 
     def __call__(self, *arguments):
         self.calls += 1
-        if not self.cuda or self.calls <= 3:
+        if not self.cuda or self.calls <= EAGER_CALLS:
             return self.step(*arguments)
         if self.graph is None:
             self.graph, self.inputs = torch.cuda.CUDAGraph(), [argument.clone() for argument in arguments]
