@@ -193,7 +193,7 @@ def main(argv=None):
     @torch.no_grad()
     def show_vae(step):
         torch.manual_seed(s.seed)
-        pictures = draw_pictures(64, share=0.0)                                  # in the colours of the data
+        pictures = draw_pictures(32, share=0.0)                                  # in the colours of the data
         decoded = model.vae.decode(model.vae.encode(pictures)[0]).float().clamp(-1, 1)
         psnr = -10 * torch.log10(torch.mean((decoded - pictures) ** 2 / 4)).item()
         run.log(out / "log.jsonl", phase="vae", step=step, psnr=psnr)

@@ -33,14 +33,16 @@ def start(tmp_path, monkeypatch):
     return start
 
 
-@pytest.mark.parametrize("killed_at", [1, 3, 7, 9])                              # before any checkpoint, and in either phase
-def test_a_killed_run_resumes_bit_for_bit(start, monkeypatch, killed_at, tmp_path):
+def test_a_killed_run_resumes_bit_for_bit(start, monkeypatch, tmp_path):
+    """Killed before any checkpoint, and in either phase."""
+    def steps(out):
+        return [row["step"] for row in run.read_log(tmp_path / out / "log.jsonl")]
     whole = start("whole")
-    with killed_after(monkeypatch, lambda row: row["step"] == killed_at):
-        start("killed")
-    assert start("killed", "--resume") == whole
-    steps = [[row["step"] for row in run.read_log(tmp_path / out / "log.jsonl")] for out in ("whole", "killed")]
-    assert steps[0] == steps[1]
+    for killed_at in (1, 3, 7, 9):
+        out = f"killed at {killed_at}"
+        with killed_after(monkeypatch, lambda row: row["step"] == killed_at):
+            start(out)
+        assert start(out, "--resume") == whole and steps(out) == steps("whole")
 
 
 def test_the_result_is_a_model_that_knows_its_words(start, tmp_path):
