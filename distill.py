@@ -114,8 +114,7 @@ def distill(s, model, out, state=None):
             if done % show_every == 0 or done == FIRST_LOOK:
                 four, _ = look(s, nerf, occupancy, [0.0, 90.0, 180.0, 270.0], s.coarse_size)
                 pictures.save_png(out / "progress" / f"{done:06d}.png", pictures.grid(four.rgb, 4))
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()                                     # each picture takes its own number of samples
+                torch.cuda.empty_cache()                                         # each picture takes its own number of samples
             if done % s.save_every == 0 or done == s.steps or interrupted.is_set():
                 checkpoint(done)
             if interrupted.is_set():

@@ -156,8 +156,7 @@ def main(argv=None):
     def set_aside(place):                                                        # what does not learn makes room for what does
         model.text.to(place)
         model.vae.to(place)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()                                             # the loop's stream cannot use what this one keeps
+        torch.cuda.empty_cache()                                                 # the loop's stream cannot use what this one keeps
 
     def show(step):
         """Three rows: the subject from four sides, its class from four sides, and four pictures of the subject in 2D mode."""

@@ -18,6 +18,7 @@ from mvd.pictures import grid, save_png
 
 @dataclass
 class Settings:
+    """The flags."""
     prompt: str = field(metadata={"help": "what to draw, in quotes", "positional": True})
     model: str = field(default="tiny", metadata={"help": "tiny, mvdream-sd21, sd21, or the path of a checkpoint"})
     out: str | None = field(default=None, metadata={"help": "PNG file to write (default: samples/<prompt>.png)"})
@@ -41,6 +42,7 @@ class Settings:
 
 
 def main():
+    """The command: a prompt -> a PNG file of views. Raises UserError."""
     s = cli.parse(Settings, description=__doc__)
     if not s.prompt.strip():
         raise UserError('the prompt is empty: say what to draw, for example "a bulldog wearing a crown"')

@@ -6,9 +6,9 @@
     python train.py --data data/toy --out runs/decoder --init tiny --vae-steps 2500 --steps 0
 
 As in the paper, --init keeps the text tower and the autoencoder as they are, and the UNet learns, with its new camera MLP; the decoder
-learns, too, before it, if --vae-steps asks for it, but never the encoder, whose latents the UNet knows. A batch is multi-view with probability 0.7, else
-single images in 2D mode. On a GPU the whole training step is one CUDA graph. Ctrl-C or a kill loses at most --save-every steps: the
-same command with --resume goes on.
+learns, too, before it, if --vae-steps asks for it, but never the encoder, whose latents the UNet knows. A batch is multi-view with
+probability 0.7, else single images in 2D mode. On a GPU the whole training step is one CUDA graph. Ctrl-C or a kill loses at most
+--save-every steps: the same command with --resume goes on.
 """
 import copy
 import random
@@ -28,6 +28,7 @@ from mvd.text import IDENTIFIERS, words_of
 
 @dataclass
 class Settings:
+    """The flags; FROM_INIT holds what --init changes of the defaults."""
     data: str = field(default="data/toy", metadata={"help": "folder of rendered sets and images (python -m mvd.toyworld)"})
     out: str = field(default="runs/tiny", metadata={"help": "folder for the model, pictures, log and checkpoint"})
     preset: str = field(default="tiny", metadata={"help": "sizes of the networks", "choices": tuple(PRESETS)})
@@ -151,6 +152,8 @@ def new_model(preset, d):
 
 
 def main(argv=None):
+    """The command: a data folder -> `--out` with the model. argv: the flags, or the command line's. Raises UserError; KeyboardInterrupt
+    after Ctrl-C."""
     s = cli.parse(Settings, argv, __doc__)
     if s.init:
         s = cli.parse(Settings, argv, __doc__, FROM_INIT)
@@ -186,7 +189,7 @@ def main(argv=None):
     # ---- the autoencoder, or its decoder ----
     def draw_pictures(batch, share=0.5):                                         # three of four from the sets, on random greys
         n = batch * 3 // 4
-        i, view, j = (torch.randint(high, (size,), device=device) for high, size in
+        i, view, j = (torch.randint(high, (count,), device=device) for high, count in
                       ((len(sets), n), (sets.shape[1], n), (len(images), batch - n)))
         return data.on_grey(data.recolour(torch.cat([sets[i, view], images[j]]), share), torch.rand(batch, device=device))
 
@@ -200,7 +203,7 @@ def main(argv=None):
         rows = torch.cat([pictures[:8], decoded[:8], pictures[-8:], decoded[-8:]])
         save_png(out / "progress" / f"vae_{step:06d}.png", grid(rows / 2 + 0.5, 8))
 
-    if state["phase"] != "unet":
+    if s.vae_steps and state["phase"] != "unet":
         learning = torch.nn.ModuleList([model.vae.post_quant_conv, model.vae.decoder]) if s.init else model.vae
         learning.requires_grad_(True)
         fit("vae", model, learning, {"loss": lambda: vae_loss(model.vae, draw_pictures(s.vae_batch))}, [1.0],

@@ -133,6 +133,7 @@ def report(label, views, name, seed, cameras, accessory=None):
 
 
 def main():
+    """The command: write photos of a subject, or judge samples or an object. Raises UserError."""
     parser = cli.Parser(prog="python -m mvd.identity", description=__doc__.split("\n")[0])
     parser.add_argument("subject", choices=tuple(SUBJECTS), metavar="class", help="what the subject is, such as bulldog")
     parser.add_argument("instance", type=int, choices=range(INSTANCES), metavar="N", help=f"which of its {INSTANCES} instances")

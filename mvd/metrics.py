@@ -363,6 +363,7 @@ def judge_runs(flags, device):
 
 
 def main():
+    """The command: judge samples of a model, or objects of runs, and print a table. Raises UserError."""
     parser = cli.Parser(prog="python -m mvd.metrics", description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="*", help="folders that distill.py wrote")
     parser.add_argument("--samples", type=int, help="sample and judge so many captions of each split")

@@ -167,10 +167,10 @@ class MVDream(nn.Module):
 
     def encode(self, images, sample=False):
         """Images [B, V, 3, H, W] in [-1, 1] -> scaled latents [B, V, c, h, w]: the posterior's mean, or a sample of it."""
-        mean, logvar = self.vae.encode(images.flatten(0, 1))
+        z, logvar = self.vae.encode(images.flatten(0, 1))
         if sample:                                                               # the same noise, whatever the layout in memory
-            mean = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean, memory_format=torch.contiguous_format)
-        return (self.config.vae.scale_factor * mean).unflatten(0, images.shape[:2])
+            z = z + torch.exp(0.5 * logvar) * torch.randn_like(z, memory_format=torch.contiguous_format)
+        return (self.config.vae.scale_factor * z).unflatten(0, images.shape[:2])
 
     def decode(self, latents):
         """Scaled latents [B, V, c, h, w] -> images [B, V, 3, H, W], about in [-1, 1]."""

@@ -259,6 +259,7 @@ def write(out, objects, images, size=128, seed=0, device="cpu"):
 
 
 def main():
+    """The command: render a data folder. Raises UserError."""
     parser = cli.Parser(prog="python -m mvd.toyworld", description="Render a data set of the toy world.")
     parser.add_argument("--out", required=True, help="folder to write to; what is there already is kept")
     parser.add_argument("--objects", type=int, default=500, help="things seen from 32 sides")

@@ -154,6 +154,7 @@ class Block(nn.Module):
         self.conv, self.res, self.attention, self.down, self.up = conv, res, attention, down, up
 
     def forward(self, x, embedding, context, views, attend_across_views):
+        """x [B·V, C, h, w], the residual stream; embedding [B·V, E], context [B, L, D] -> [B·V, C', h', w']."""
         if self.conv is not None:
             x = self.conv(x)
         if self.res is not None:

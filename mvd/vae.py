@@ -56,6 +56,7 @@ class Attention(nn.Module):
         self.out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x):
+        """softmax(q kᵀ / √C) v, and a skip connection (Vaswani et al. 2017, eq. 1)."""
         hidden = self.norm(x)
         query, key, value = (layer(hidden).flatten(2).mT for layer in (self.query, self.key, self.value))      # [N, h*w, C]
         attend = (query * x.shape[1] ** -0.5 @ key.mT).softmax(-1)               # fused kernels are slow with so wide a head
