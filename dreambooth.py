@@ -8,8 +8,11 @@
 
     L = L_diffusion(photos) + λ ‖θ − θ0‖₁ / N_θ
 
-from θ0, where it starts: what it knows of sides and cameras survives, because θ stays near θ0. Autoencoder and text tower stay as
-they are. Ctrl-C or a kill loses at most --save-every steps: the same command with --resume goes on.
+from θ0, where it starts: what it knows of sides and cameras survives, because θ stays near θ0. A model that has seen few words tells
+"a [v] bulldog" from "a bulldog" hardly, and draws the subject for both. Two things, off by default, tell it: the row of [v] in the
+text tower may learn, too (--identifier-lr), and of the prompt without [v] the UNet may be held to what θ0 made of it
+(--class-preservation). Autoencoder and the rest of the text tower stay as they are. Ctrl-C or a kill loses at most --save-every
+steps: the same command with --resume goes on.
 """
 from dataclasses import asdict, dataclass, field
 
@@ -41,6 +44,10 @@ class Settings:
     cosine: bool = field(default=False, metadata={"help": "let the learning rate down to 0 along a cosine, after a short warm-up"})
     weight_decay: float = field(default=0.01, metadata={"help": "weight decay of AdamW", "min": 0})
     preservation: float = field(default=1.0, metadata={"help": "λ, how strongly the weights are held where they were", "min": 0})
+    class_preservation: float = field(default=0.0, metadata={"help": "weight of a second such loss: what the UNet makes of the prompt "
+                                                                     "without [v] is held where it was", "min": 0})
+    identifier_lr: float = field(default=0.0, metadata={"help": "learning rate of the identifier's row in the text tower; 0: it stays",
+                                                        "min": 0})
     flips: bool = field(default=False, metadata={"help": "show the photos mirrored, too: only if the subject is symmetric"})
     sample_every: int = field(default=200, metadata={"help": "steps between sample grids", "min": 1})
     save_every: int = field(default=200, metadata={"help": "steps between checkpoints", "min": 1})
@@ -59,7 +66,7 @@ def preserve(weights, start, strength):
 
     weights, start: lists of float32 tensors, θ and θ0; a bfloat16 θ could not tell them apart. A weight without a gradient (the
     camera's, which photos in 2D mode do not touch) has not moved and stays. Returns a tensor [4]: ‖θ − θ0‖₁/N_θ, ‖θ − θ0‖₂, and the
-    norms of both gradients, the diffusion loss's and this one.
+    norms of both gradients, the other losses' and this one.
     """
     count = sum(w.numel() for w in weights)
     sums = torch.zeros(4, device=weights[0].device)
@@ -72,15 +79,39 @@ def preserve(weights, start, strength):
     return torch.cat([sums[:1] / count, sums[1:].sqrt()])
 
 
-def finetune(model, moments, contexts, s, out, state=None, show=None):
-    """The loop; afterwards the UNet holds the new weights. Returns the steps done, fewer than s.steps after Ctrl-C.
+def class_loss(unet, adam, theta0, x0, context):
+    """‖ε_θ(x_t; y) − ε_θ0(x_t; y)‖², the mean over all numbers: without [v], θ shall see in the noised photos what θ0 saw in them.
 
-    moments [copies, N, 1, 2c, h, w]: the photos' latents (`data.moments`), contexts [N, W, L, D]: of their W wordings.
+    x0 [B, 1, c, h, w] scaled latents of photos, context [B, L, D] of prompts y without [v]. It is prior preservation (Ruiz et al. 2023,
+    eq. 2), with θ0's predictions (Li & Hoiem 2016, learning without forgetting) in place of pictures that θ0 drew.
+    """
+    t = torch.randint(diffusion.NUM_TIMESTEPS, x0.shape[:1], device=x0.device)
+    x_t = diffusion.q_sample(x0, t, torch.randn_like(x0))
+    with torch.no_grad():
+        adam.work_with(theta0)
+        before = unet(x_t, t, context).float()
+        adam.work_with(adam.weights)
+    return (unet(x_t, t, context).float() - before).square().mean()
+
+
+def finetune(model, moments, texts, plain, s, out, state=None, show=None):
+    """The loop; afterwards model.unet, and the rows of [v], hold what they have learned. Returns the steps done, fewer than s.steps
+    after Ctrl-C.
+
+    moments [copies, N, 1, 2c, h, w]: the photos' latents (`data.moments`); texts: what each of them is called, in W wordings, contexts
+    [N, W, L, D], or tokens [N, W, L] if the rows of [v] learn; plain [N, W', L, D]: contexts of the same without [v].
     state: what the checkpoint held, or None. show(step) draws pictures.
     """
     device, scale = model.device, model.config.vae.scale_factor
-    adam = MasterAdamW(model.unet.requires_grad_(True), s.lr, betas=(0.9, 0.999), weight_decay=s.weight_decay)
+    table = model.text.tower.token_embedding                                     # .weight [rows, D]
+    groups = [(model.unet, s.lr, s.weight_decay)] + [(table, s.identifier_lr, 0.0)] * bool(s.identifier_lr)
+    for module, *_ in groups:
+        module.requires_grad_(True)
+    adam = MasterAdamW(groups, betas=(0.9, 0.999))
     theta0 = [w.clone() for w in adam.weights]
+    of_unet = slice(len(list(model.unet.parameters())))
+    own_rows = torch.zeros(len(table.weight), 1, device=device)
+    own_rows[model.text.rows_of(s.identifier)] = 1
     start = 0
     if state:
         start = state["step"]
@@ -88,25 +119,33 @@ def finetune(model, moments, contexts, s, out, state=None, show=None):
         set_random_state(state["random"])
 
     def step():
-        z, context, camera = data.draw_images(moments, contexts, s.batch)        # [B, 1, c, h, w] [B, L, D] None: the 2D mode
+        of_class = torch.zeros((), device=device)
+        if s.class_preservation:                                                 # first, because for a moment the weights are θ0
+            z, context, _ = data.draw_images(moments, plain, s.batch)
+            of_class = s.class_preservation * class_loss(model.unet, adam, theta0, scale * z, context)
+        z, text, camera = data.draw_images(moments, texts, s.batch)              # [B, 1, c, h, w] [B, L(, D)] None: the 2D mode
+        context = model.text(text) if s.identifier_lr else text                  # [B, L, D]
         loss = diffusion.loss(model.unet, scale * z, context, camera)
-        adam.backward(loss)
-        measured = preserve(adam.weights, theta0, s.preservation)
+        adam.backward(loss + of_class)
+        measured = preserve(adam.weights[of_unet], theta0[of_unet], s.preservation)
+        if s.identifier_lr:
+            adam.weights[-1].grad *= own_rows                                    # the other words keep their meaning
         adam.step()
-        return torch.cat([loss.detach()[None], measured])                        # [5]
+        return torch.cat([torch.stack([loss, of_class]).detach(), measured])     # [6]
 
-    graphed, sums, counted, done = GraphedStep(step, device), torch.zeros(5, device=device), 0, start
+    graphed, sums, counted, done = GraphedStep(step, device), torch.zeros(6, device=device), 0, start
     with cli.interrupt_flag() as interrupted, side_stream(device):
         bar = tqdm(range(start, s.steps), initial=start, total=s.steps, desc=s.prompt)
         for done in bar:
             if s.cosine:
-                adam.lr.fill_(learning_rate(done, s.steps, s.lr))
+                for lr, (_, peak, _) in zip(adam.lr, groups):
+                    lr.fill_(learning_rate(done, s.steps, peak))
             sums += graphed()
             counted, done = counted + 1, done + 1
             if done % LOG_EVERY == 0 or done == s.steps:
-                loss, l1, l2, diffusion_gradient, pull = (sums / counted).tolist()
-                run.log(out / "log.jsonl", step=done, loss=loss, preservation=s.preservation * l1, distance=l2,
-                        share=pull / max(pull + diffusion_gradient, 1e-30))
+                loss, of_class, l1, l2, gradient, pull = (sums / counted).tolist()
+                run.log(out / "log.jsonl", step=done, loss=loss, class_loss=of_class, preservation=s.preservation * l1, distance=l2,
+                        share=pull / max(pull + gradient, 1e-30))
                 bar.set_postfix(loss=f"{loss:.4f}", distance=f"{l2:.3g}")
                 sums.zero_()
                 counted = 0
@@ -118,7 +157,8 @@ def finetune(model, moments, contexts, s, out, state=None, show=None):
                 run.save_checkpoint(out / "checkpoint.safetensors", {"step": done, **adam.state_dict(), "random": random_state()})
             if interrupted.is_set():
                 break
-        model.unet.float().requires_grad_(False)
+        for module, *_ in groups:
+            module.float().requires_grad_(False)
         adam.work_with(adam.weights)
     return done
 
@@ -136,8 +176,9 @@ def main(argv=None):
     check_identifier(model.text, s.identifier)
     model.config.text.identifier = s.identifier
     short = s.prompt[s.prompt.lower().index("[v]"):]
-    prompts = [model.text.known_part(p) for p in ([s.prompt, short, short + model.config.suffix] if s.wordings else [s.prompt])]
-    plain = model.text.known_part(name_subject(s.prompt, ""))
+    wordings = [s.prompt, short, short + model.config.suffix] if s.wordings else [s.prompt]
+    prompts = [model.text.known_part(p) for p in wordings]
+    plain = [model.text.known_part(name_subject(p, "").strip()) for p in wordings] + [""]
     names, rgba = photos.load(s.photos, model.config.size)
     out = run.open_run(s.out, {**asdict(s), "files": names}, s.resume, may_change=("sample_every", "save_every"))
     state = run.last_checkpoint(out) if s.resume else None
@@ -151,27 +192,28 @@ def main(argv=None):
     tune(tf32=True)
     rgba = torch.cat([rgba, rgba.flip(-1)]) if s.flips else rgba
     moments = data.moments(model.vae, rgba.to(device)[:, None], GREYS)       # [copies, N, 1, 2c, h, w]
-    contexts = model.embed(prompts).expand(len(rgba), -1, -1, -1)                # [N, wordings, L, D]
+    texts = model.text.tokenize(prompts).to(device) if s.identifier_lr else model.embed(prompts)       # [W, L] or [W, L, D]
+    texts, without_v = (t.expand(len(rgba), *t.shape) for t in (texts, model.embed(plain)))
 
     def set_aside(place):                                                        # what does not learn makes room for what does
-        model.text.to(place)
-        model.vae.to(place)
+        for module in [model.vae] if s.identifier_lr else [model.vae, model.text]:
+            module.to(place)
         torch.cuda.empty_cache()                                                 # the loop's stream cannot use what this one keeps
 
     def show(step):
         """Three rows: the subject from four sides, its class from four sides, and four pictures of the subject in 2D mode."""
         set_aside(device)
-        with_v, without = model.sample([prompts[0], plain], steps=25, seed=s.seed)   # [4, 3, H, W] each
+        with_v, without = model.sample([prompts[0], plain[0]], steps=25, seed=s.seed)   # [4, 3, H, W] each
         singles = model.sample(prompts[0], steps=25, seed=s.seed, mode="2d")[0]
         set_aside("cpu")
         save_png(out / "progress" / f"samples_{step:06d}.png", grid(torch.cat([with_v, without, singles]), 4))
         rows = run.read_log(out / "log.jsonl")
         save_curve(out / "curves.png", {label: [(row["step"], row[name]) for row in rows] for name, label in (
-            ("loss", "diffusion loss"), ("preservation", "preservation loss"), ("share", "its share of the gradient"),
-            ("distance", "distance from the start"))}, "step", "", log_scale=True)
+            ("loss", "diffusion loss"), ("class_loss", "class loss"), ("preservation", "preservation loss"),
+            ("share", "its share of the gradient"), ("distance", "distance from the start"))}, "step", "", log_scale=True)
 
     set_aside("cpu")
-    done = finetune(model, moments, contexts, s, out, state, show)
+    done = finetune(model, moments, texts, without_v, s, out, state, show)
     if done < s.steps:
         print(f"interrupted after {done} of {s.steps} steps; go on with the same command and --resume")
         raise KeyboardInterrupt

@@ -83,7 +83,7 @@ def fit(phase, model, module, losses, shares, first, steps, peak_lr, s, out, sta
     pictures, with the averaged weights in place.
     """
     device = model.device
-    adam = MasterAdamW(module, peak_lr, betas=(0.9, 0.99), weight_decay=0.01)
+    adam = MasterAdamW([(module, peak_lr, 0.01)], betas=(0.9, 0.99))
     average = [w.clone() for w in adam.weights]
     renewal = torch.tensor(0.0, device=device)                                   # of the average; a graph reads it
     start, choice = 0, random.Random(s.seed)
@@ -114,7 +114,7 @@ def fit(phase, model, module, losses, shares, first, steps, peak_lr, s, out, sta
     with cli.interrupt_flag() as interrupted, side_stream(device):
         bar = tqdm(range(start, steps), initial=start, total=steps, desc=phase)
         for step in bar:
-            adam.lr.fill_(learning_rate(step, steps, peak_lr))
+            adam.lr[0].fill_(learning_rate(step, steps, peak_lr))
             renewal.fill_(max(1 - s.ema, 9 / (10 + step)))                       # at first the average forgets faster
             kind = choice.choices(range(len(losses)), shares)[0]
             sums[kind] += steppers[kind]()
@@ -122,7 +122,7 @@ def fit(phase, model, module, losses, shares, first, steps, peak_lr, s, out, sta
             done = step + 1
             if done % LOG_EVERY == 0 or done == steps:
                 means = {name: total / n for name, total, n in zip(losses, sums.tolist(), counts) if n}
-                run.log(out / "log.jsonl", phase=phase, step=first + done, lr=adam.lr.item(), **means)
+                run.log(out / "log.jsonl", phase=phase, step=first + done, lr=adam.lr[0].item(), **means)
                 bar.set_postfix({name: f"{mean:.4f}" for name, mean in means.items()})
                 sums.zero_()
                 counts = [0] * len(losses)

@@ -11,15 +11,19 @@ from .device import load_optimizer
 
 
 class MasterAdamW:
-    """`weights`: float32 [...], one for each parameter of `module`, in its order. `lr`: a tensor [], which a CUDA graph reads."""
+    """groups: (module, learning rate, weight decay) each. `weights`: float32 [...], one for each parameter of the modules, in their order.
+    `lr`: of each group a tensor [], which a CUDA graph reads."""
 
-    def __init__(self, module, lr, betas, weight_decay):
-        self.weights = [p.detach().float().clone() for p in module.parameters()]
+    def __init__(self, groups, betas):
+        modules, rates, decays = zip(*groups)
+        masters = [[p.detach().float().clone() for p in module.parameters()] for module in modules]
+        self.weights = sum(masters, [])
         device = self.weights[0].device
         cuda = device.type == "cuda"
-        self.copies = list(module.to(torch.bfloat16 if cuda else torch.float32).parameters())
-        self.lr = torch.tensor(lr, device=device)
-        self.adam = torch.optim.AdamW(self.weights, lr=self.lr, betas=betas, weight_decay=weight_decay, fused=cuda, capturable=cuda)
+        self.copies = [p for module in modules for p in module.to(torch.bfloat16 if cuda else torch.float32).parameters()]
+        self.lr = [torch.tensor(rate, device=device) for rate in rates]
+        self.adam = torch.optim.AdamW([{"params": weights, "lr": lr, "weight_decay": decay}
+                                       for weights, lr, decay in zip(masters, self.lr, decays)], betas=betas, fused=cuda, capturable=cuda)
 
     @torch.no_grad()
     def work_with(self, tensors):
@@ -45,10 +49,11 @@ class MasterAdamW:
     def load_state_dict(self, state):
         """Go on from a `state_dict`, perhaps of another device."""
         load_optimizer(self.adam, state["optimizer"])
-        self.adam.param_groups[0]["lr"] = self.lr
+        for group, lr in zip(self.adam.param_groups, self.lr):
+            group["lr"] = lr
         for w, kept in self.adam.state.items():                                  # in the layout of the weights, as fused AdamW wants
             kept.update({name: torch.empty_like(w).copy_(kept[name]) for name in ("exp_avg", "exp_avg_sq")})
-        torch._foreach_copy_(self.weights, [saved.to(self.lr.device) for saved in state["weights"]])
+        torch._foreach_copy_(self.weights, [saved.to(self.lr[0].device) for saved in state["weights"]])
         self.work_with(self.weights)
 
 

@@ -105,6 +105,10 @@ class TextTower(nn.Module):
             warnings.warn(f"the model does not know {', '.join(unknown)}: left out; {listing}", stacklevel=3)
         return " ".join(word for word in words if word in known)
 
+    def rows_of(self, word):
+        """The rows of the embedding table that spell a word: int64 [n]."""
+        return torch.tensor([self.row_of[token] for token in tokenizer().encode(word)])
+
     def tokenize(self, prompts):
         """A list of B prompts -> rows of the embedding table, int64 [B, L]: start, words, end, zeros; too long a prompt is cut."""
         bpe, length = tokenizer(), self.config.context_length

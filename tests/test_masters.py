@@ -18,7 +18,7 @@ def loss_of(net, step):
 def test_it_is_adamw():
     """Loshchilov & Hutter 2019, algorithm 2, in float64."""
     net, plain = network(), network().double()
-    adam = MasterAdamW(net, 0.01, (0.9, 0.99), 0.1)
+    adam = MasterAdamW([(net, 0.01, 0.1)], (0.9, 0.99))
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in plain.parameters()]
     for t in range(1, 6):
         adam.backward(loss_of(net, t))
@@ -37,7 +37,7 @@ def test_it_is_adamw():
 def test_small_steps_are_not_lost_in_bfloat16():
     """A thousand steps of 1e-6 on weights of about 0.3, whose bfloat16 neighbours are 1e-3 apart: the masters count them."""
     net = network()
-    adam = MasterAdamW(net, 1e-6, (0.9, 0.999), 0.0)
+    adam = MasterAdamW([(net, 1e-6, 0.0)], (0.9, 0.999))
     before = [w.clone() for w in adam.weights]
     adam.copies = [c.detach().bfloat16() for c in adam.copies]                   # as on a GPU
     for _ in range(1000):
@@ -53,7 +53,7 @@ def test_small_steps_are_not_lost_in_bfloat16():
 
 def test_a_weight_that_the_loss_does_not_touch_stays():
     net = network()
-    adam = MasterAdamW(net, 0.1, (0.9, 0.99), 0.1)
+    adam = MasterAdamW([(net, 0.1, 0.1)], (0.9, 0.99))
     before = adam.weights[2].clone()
     adam.backward(net[0](torch.ones(1, 5)).sum())
     assert adam.weights[2].grad is None and adam.weights[0].grad.dtype == torch.float32
@@ -65,18 +65,18 @@ def test_a_weight_that_the_loss_does_not_touch_stays():
 def test_state_goes_on_bit_for_bit(saved_at):
     import copy
     net = network()
-    adam = MasterAdamW(net, 0.01, (0.9, 0.99), 0.1)
+    adam = MasterAdamW([(net, 0.01, 0.1)], (0.9, 0.99))
     for step in range(6):
         if step == saved_at:
             state = copy.deepcopy(adam.state_dict())
-        adam.lr.fill_(0.01 / (1 + step))
+        adam.lr[0].fill_(0.01 / (1 + step))
         adam.backward(loss_of(net, step))
         adam.step()
     again = network()
-    resumed = MasterAdamW(again, 0.01, (0.9, 0.99), 0.1)
+    resumed = MasterAdamW([(again, 0.01, 0.1)], (0.9, 0.99))
     resumed.load_state_dict(state)
     for step in range(saved_at, 6):
-        resumed.lr.fill_(0.01 / (1 + step))
+        resumed.lr[0].fill_(0.01 / (1 + step))
         resumed.backward(loss_of(again, step))
         resumed.step()
     assert all(torch.equal(a, b) for a, b in zip(adam.weights, resumed.weights))
