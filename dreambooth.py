@@ -58,6 +58,7 @@ class Settings:
 
 GREYS = 8                      # how often a photo is encoded, each time with another grey behind what is transparent
 LOG_EVERY = 10
+BLOCK = 32                     # weights that `preserve` looks at together: few launches, and little memory for their differences
 
 
 @torch.no_grad()
@@ -69,14 +70,18 @@ def preserve(weights, start, strength):
     norms of both gradients, the other losses' and this one.
     """
     count = sum(w.numel() for w in weights)
-    sums = torch.zeros(4, device=weights[0].device)
-    for w, w0 in zip(weights, start):                                            # one by one: a difference takes memory
-        if w.grad is not None:
-            difference = w - w0
-            pull = difference.sign().mul_(strength / count)
-            sums += torch.stack([difference.abs().sum(), difference.square().sum(), w.grad.square().sum(), pull.square().sum()])
-            w.grad += pull
-    return torch.cat([sums[:1] / count, sums[1:].sqrt()])
+    touched = [(w, w0) for w, w0 in zip(weights, start) if w.grad is not None]
+    norms = []
+    for i in range(0, len(touched), BLOCK):
+        w, w0 = zip(*touched[i:i + BLOCK])
+        gradient, change = [x.grad for x in w], torch._foreach_sub(w, w0)
+        l1, l2, others = torch._foreach_norm(change, 1), torch._foreach_norm(change, 2), torch._foreach_norm(gradient, 2)
+        torch._foreach_sign_(change)
+        torch._foreach_mul_(change, strength / count)                            # which makes it the pull
+        torch._foreach_add_(gradient, change)
+        norms.append(torch.stack([torch.stack(n) for n in (l1, l2, others, torch._foreach_norm(change, 2))]))   # [4, block]
+    norms = torch.cat(norms, 1)                                                  # [4, touched]
+    return torch.cat([norms[:1].sum(1) / count, norms[1:].norm(dim=1)])
 
 
 def class_loss(unet, adam, theta0, x0, context):

@@ -56,8 +56,10 @@ def start(folder, tmp_path, monkeypatch):
     return start
 
 
-def test_gradient_of_the_preservation_loss():
+@pytest.mark.parametrize("block", [1, 32])
+def test_gradient_of_the_preservation_loss(block, monkeypatch):
     """Against autograd of λ‖θ − θ0‖₁/N, and by hand: ±λ/N, 0 where a weight has not moved, nothing where none was touched."""
+    monkeypatch.setattr(dreambooth, "BLOCK", block)
     torch.manual_seed(0)
     start = [torch.randn(3, 4), torch.randn(5), torch.randn(2)]
     weights = [w + 1e-6 * torch.randn_like(w).sign() for w in start]
