@@ -256,6 +256,7 @@ def test_noise_does_not_depend_on_the_layout_in_memory(unet, case):
     sds.Stage(16, 1, 2048), {"shading": True, "mode": "2d", "grey_background": True, "loss": "sds"})])
 def test_a_compiled_step_is_the_step_and_never_waits(model_file, stage, settings, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)               # float32 shall be float32
+    torch.set_float32_matmul_precision("highest")                                # which another test's training may have changed
     losses, gradient = [], []
     for compiled in (True, False):
         step, nerf, _ = parts(model_file, "cuda", stage=stage, compile=compiled, guidance=5.0, **settings)
