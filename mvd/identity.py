@@ -99,6 +99,16 @@ def wears(views, name, seed, accessory, cameras):
     return errors(views, name, [(seed, accessory), *others], cameras).mean(2).argmin(1) == 0
 
 
+def has_outline(views, name, seed, cameras, accessory=None):
+    """Which sets have the outline of the subject rather than of a thing of another class: bool [M]. `identity` compares within the class,
+    where a bulldog in the colours of the car would be the car."""
+    _, _, foreground = metrics.cut_out(views)
+    white_on_black = foreground.expand(-1, -1, 3, -1, -1), torch.zeros_like(foreground[..., :1, :1]), foreground
+    outlines = (candidates_of(other, [seed], cameras, accessory, views.device)[0][:, :, 3:] for other in SUBJECTS)
+    errors = [metrics.nearest(white_on_black, range(len(views)), outline.expand(-1, -1, 4, -1, -1)) for outline in outlines]
+    return torch.stack(errors, 1).argmin(1) == list(SUBJECTS).index(name)
+
+
 def sides(views, name, seed, cameras, accessory=None):
     """`metrics.sides` of pictures [M, V, 3, H, W] of the subject: bool [M, V] and bool [M]."""
     candidates, = candidates_of(name, [seed], cameras, accessory, views.device)
@@ -120,13 +130,14 @@ def sample_eight(model, prompt, sets, seed=0):
 
 def report(label, views, name, seed, cameras, accessory=None):
     """One line: the share of views that show the subject, the same among sides that no photo shows, with real renders' in brackets,
-    the share of views that show their own side, of Janus faces, and of sets with the accessory."""
+    the share of sets with the outline of the class, of views that show their own side, of Janus faces, and of sets with the accessory."""
     both = torch.cat([metrics.as_real(views), real_views(name, seed, cameras, accessory).to(views.device)])   # candidates drawn once
     shown, best = identity(both, name, seed, cameras, accessory).float().cpu().split([len(views), len(both) - len(views)])
     back = unseen(cameras)
+    outline = has_outline(views, name, seed, cameras, accessory).float().mean()
     right, janus = (verdict.float().mean() for verdict in sides(views, name, seed, cameras, accessory))
     line = (f"{label}: identity {shown.mean():.2f} ({best.mean():.2f}), unseen sides {shown[:, back].mean():.2f} "
-            f"({best[:, back].mean():.2f}), view accuracy {right:.2f}, Janus {janus:.2f}")
+            f"({best[:, back].mean():.2f}), outline {outline:.2f}, view accuracy {right:.2f}, Janus {janus:.2f}")
     if accessory:
         line += f", {accessory} {wears(views, name, seed, accessory, cameras).float().mean():.2f}"
     print(line)

@@ -34,6 +34,14 @@ def test_a_face_at_the_back_is_seen():
     assert janus.tolist() == [False, False, True, True]
 
 
+def test_outlines_are_told_apart_whatever_the_colours(monkeypatch):
+    """With a hat, too; the duck in the cat's place has the cat's colours, slot by slot."""
+    monkeypatch.setattr(identity, "SUBJECTS", {name: identity.SUBJECTS[name] for name in ("cat", "duck", "car")})
+    for accessory in (None, "top hat"):
+        cat, duck = (identity.real_views(name, 1, TWO, accessory, sets=1) for name in ("cat", "duck"))
+        assert identity.has_outline(torch.cat([cat, duck, 1 - cat]), "cat", 1, TWO, accessory).tolist() == [True, False, True]
+
+
 def test_accessories_are_told_apart(monkeypatch):
     monkeypatch.setattr(identity, "ACCESSORIES", ("top hat", "skateboard"))
     worn, bare = (identity.real_views("duck", 1, TWO, accessory, sets=1) for accessory in ("top hat", None))
@@ -80,4 +88,4 @@ def test_the_report_of_an_object(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["identity", "duck", "1", "--run", str(tmp_path), "--device", "cpu"])
     identity.main()
     assert capsys.readouterr().out.strip() == (
-        f"{tmp_path}: identity 1.00 (1.00), unseen sides 1.00 (1.00), view accuracy 1.00, Janus 0.00")
+        f"{tmp_path}: identity 1.00 (1.00), unseen sides 1.00 (1.00), outline 1.00, view accuracy 1.00, Janus 0.00")
