@@ -130,7 +130,7 @@ def sample_eight(model, prompt, sets, seed=0):
 
 def report(label, views, name, seed, cameras, accessory=None):
     """One line: the share of views that show the subject, the same among sides that no photo shows, with real renders' in brackets,
-    the share of sets with the outline of the class, of views that show their own side, of Janus faces, and of sets with the accessory."""
+    the share of sets with the outline of the subject, of views that show their own side, of Janus faces, and of sets with the accessory."""
     both = torch.cat([metrics.as_real(views), real_views(name, seed, cameras, accessory).to(views.device)])   # candidates drawn once
     shown, best = identity(both, name, seed, cameras, accessory).float().cpu().split([len(views), len(both) - len(views)])
     back = unseen(cameras)

@@ -35,11 +35,16 @@ def test_a_face_at_the_back_is_seen():
 
 
 def test_outlines_are_told_apart_whatever_the_colours(monkeypatch):
-    """With a hat, too; the duck in the cat's place has the cat's colours, slot by slot."""
+    """The duck has the cat's colours, slot by slot, the last cat the opposite ones; candidates wear what the pictures should show."""
     monkeypatch.setattr(identity, "SUBJECTS", {name: identity.SUBJECTS[name] for name in ("cat", "duck", "car")})
+    drawn, draw, palette = [], identity.draw, identity.palette
+    monkeypatch.setattr(identity, "palette", lambda *given: palette(*given) * torch.tensor([0.0, 1.0, 1.0]))   # nothing is red
+    monkeypatch.setattr(identity, "draw", lambda name, seeds, *rest: drawn.append((name, seeds, rest[4])) or draw(name, seeds, *rest))
     for accessory in (None, "top hat"):
         cat, duck = (identity.real_views(name, 1, TWO, accessory, sets=1) for name in ("cat", "duck"))
+        drawn.clear()
         assert identity.has_outline(torch.cat([cat, duck, 1 - cat]), "cat", 1, TWO, accessory).tolist() == [True, False, True]
+        assert drawn == [(name, [1], accessory) for name in ("cat", "duck", "car") for _ in identity.FIELDS_OF_VIEW]
 
 
 def test_accessories_are_told_apart(monkeypatch):
