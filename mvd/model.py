@@ -174,9 +174,9 @@ class MVDream(nn.Module):
         return (self.config.vae.scale_factor * z).unflatten(0, images.shape[:2])
 
     def decode(self, latents):
-        """Scaled latents [B, V, c, h, w] -> images [B, V, 3, H, W], about in [-1, 1]."""
-        images = self.vae.decode(latents.flatten(0, 1) / self.config.vae.scale_factor)
-        return images.unflatten(0, latents.shape[:2])
+        """Scaled latents [B, V, c, h, w] -> images [B, V, 3, H, W], about in [-1, 1]; one set at a time, since wide
+        feature maps take memory."""
+        return torch.stack([self.vae.decode(z / self.config.vae.scale_factor) for z in latents])
 
     @torch.no_grad()
     def sample(self, prompt, negative=None, views=4, steps=50, guidance=None, rescale=0.0, elevation=15.0, azimuth=0.0,

@@ -43,7 +43,7 @@ def test_save_and_load_give_the_same_model(model, tmp_path):
     assert MVDream.load(tmp_path).config == model.config
 
 
-def test_latents_have_the_scale_factor(model):
+def test_latents_have_the_scale_factor(model, monkeypatch):
     model.config.vae.scale_factor = 0.5
     images = torch.rand(2, 3, 3, 64, 64) * 2 - 1
     mean, logvar = model.vae.encode(images.flatten(0, 1))
@@ -53,7 +53,10 @@ def test_latents_have_the_scale_factor(model):
     torch.manual_seed(1)
     noise = torch.randn(mean.shape)
     torch.testing.assert_close(drawn, (0.5 * (mean + (logvar / 2).exp() * noise)).unflatten(0, (2, 3)))
-    torch.testing.assert_close(model.decode(drawn).flatten(0, 1), model.vae.decode(drawn.flatten(0, 1) / 0.5))
+    sizes, decode, expected = [], model.vae.decode, model.vae.decode(drawn.flatten(0, 1) / 0.5)
+    monkeypatch.setattr(model.vae, "decode", lambda z: sizes.append(len(z)) or decode(z))
+    torch.testing.assert_close(model.decode(drawn).flatten(0, 1), expected)
+    assert sizes == [3, 3]                                                       # set by set
     model.config.vae.scale_factor = 1.0
 
 
