@@ -8,11 +8,12 @@
 
     L = L_diffusion(photos) + λ ‖θ − θ0‖₁ / N_θ
 
-from θ0, where it starts: what it knows of sides and cameras survives, because θ stays near θ0. A model that has seen few words tells
-"a [v] bulldog" from "a bulldog" hardly, and draws the subject for both. Two things, off by default, tell it: the row of [v] in the
-text tower may learn, too (--identifier-lr), and of the prompt without [v] the UNet may be held to what θ0 made of it
-(--class-preservation). Autoencoder and the rest of the text tower stay as they are. Ctrl-C or a kill loses at most --save-every
-steps: the same command with --resume goes on.
+from θ0, where it starts: what it knows of sides and cameras survives, because θ stays near θ0. A model that has seen few words hardly tells
+"a [v] bulldog" from "a bulldog", and draws the subject for both. Three things that the paper does not have help; the tiny model's
+header turns them on, else they are off. The row of [v] in the text tower may learn, too (--identifier-lr); of the prompt without [v] the
+UNet may be held to what θ0 made of it (--class-preservation); and of the rest of a prompt the text tower may be held to what it made of
+it (--text-preservation), so that a learned [v] does not drown it. Autoencoder and the rest of the text tower stay as they are. Ctrl-C or
+a kill loses at most --save-every steps: the same command with --resume goes on.
 """
 from dataclasses import asdict, dataclass, field
 
@@ -48,6 +49,8 @@ class Settings:
                                                                      "without [v] is held where it was", "min": 0})
     identifier_lr: float = field(default=0.0, metadata={"help": "learning rate of the identifier's row in the text tower; 0: it stays",
                                                         "min": 0})
+    text_preservation: float = field(default=0.0, metadata={"help": "if that row learns, weight of a third such loss: what the text tower "
+                                                                    "makes of the rest of a prompt is held where it was", "min": 0})
     flips: bool = field(default=False, metadata={"help": "show the photos mirrored, too: only if the subject is symmetric"})
     sample_every: int = field(default=200, metadata={"help": "steps between sample grids", "min": 1})
     save_every: int = field(default=200, metadata={"help": "steps between checkpoints", "min": 1})
@@ -58,7 +61,7 @@ class Settings:
 
 GREYS = 8                      # how often a photo is encoded, each time with another grey behind what is transparent
 LOG_EVERY = 10
-BLOCK = 32                     # weights that `preserve` looks at together: few launches, and little memory for their differences
+BLOCK = 32                     # tensors of weights that `preserve` takes together: few launches, and little memory for their differences
 
 
 @torch.no_grad()
@@ -77,9 +80,10 @@ def preserve(weights, start, strength):
         gradient, change = [x.grad for x in w], torch._foreach_sub(w, w0)
         l1, l2, others = torch._foreach_norm(change, 1), torch._foreach_norm(change, 2), torch._foreach_norm(gradient, 2)
         torch._foreach_sign_(change)
-        torch._foreach_mul_(change, strength / count)                            # which makes it the pull
+        torch._foreach_mul_(change, strength / count)                            # in place: from here on it is the pull
         torch._foreach_add_(gradient, change)
-        norms.append(torch.stack([torch.stack(n) for n in (l1, l2, others, torch._foreach_norm(change, 2))]))   # [4, block]
+        pull = torch._foreach_norm(change, 2)
+        norms.append(torch.stack([torch.stack(norm) for norm in (l1, l2, others, pull)]))                       # [4, block]
     norms = torch.cat(norms, 1)                                                  # [4, touched]
     return torch.cat([norms[:1].sum(1) / count, norms[1:].norm(dim=1)])
 
@@ -99,12 +103,12 @@ def class_loss(unet, adam, theta0, x0, context):
     return (unet(x_t, t, context).float() - before).square().mean()
 
 
-def finetune(model, moments, texts, plain, s, out, state=None, show=None):
+def finetune(model, moments, tokens, contexts, plain, s, out, state=None, show=None):
     """The loop; afterwards model.unet, and the rows of [v], hold what they have learned. Returns the steps done, fewer than s.steps
     after Ctrl-C.
 
-    moments [copies, N, 1, 2c, h, w]: the photos' latents (`data.moments`); texts: what each of them is called, in W wordings, contexts
-    [N, W, L, D], or tokens [N, W, L] if the rows of [v] learn; plain [N, W', L, D]: contexts of the same without [v].
+    moments [copies, N, 1, 2c, h, w]: the photos' latents (`data.moments`); tokens [W, L]: what they are called, in W wordings; contexts
+    [W, L, D]: what the text tower makes of these before it learns, and plain [W', L, D] of the same without [v].
     state: what the checkpoint held, or None. show(step) draws pictures.
     """
     device, scale = model.device, model.config.vae.scale_factor
@@ -117,28 +121,39 @@ def finetune(model, moments, texts, plain, s, out, state=None, show=None):
     of_unet = slice(len(list(model.unet.parameters())))
     own_rows = torch.zeros(len(table.weight), 1, device=device)
     own_rows[model.text.rows_of(s.identifier)] = 1
+    beside = 1 - own_rows[tokens]                                                # [W, L, 1]: 0 at [v], 1 elsewhere, on the padding too,
+                                                                                 # which the UNet attends to as to any token
     start = 0
     if state:
         start = state["step"]
         adam.load_state_dict(state)
         set_random_state(state["random"])
 
+    def draw(wordings):
+        """A batch of photos, x0 [B, 1, c, h, w] scaled latents, and which of so many wordings names each: [B]."""
+        each = torch.arange(wordings, device=device).expand(moments.shape[1], -1)                               # [N, W]
+        z, wording, _ = data.draw_images(moments, each, s.batch)
+        return scale * z, wording
+
     def step():
-        of_class = torch.zeros((), device=device)
+        of_class, of_text = torch.zeros(2, device=device)
         if s.class_preservation:                                                 # first, because for a moment the weights are θ0
-            z, context, _ = data.draw_images(moments, plain, s.batch)
-            of_class = s.class_preservation * class_loss(model.unet, adam, theta0, scale * z, context)
-        z, text, camera = data.draw_images(moments, texts, s.batch)              # [B, 1, c, h, w] [B, L(, D)] None: the 2D mode
-        context = model.text(text) if s.identifier_lr else text                  # [B, L, D]
-        loss = diffusion.loss(model.unet, scale * z, context, camera)
-        adam.backward(loss + of_class)
+            x0, wording = draw(len(plain))
+            of_class = s.class_preservation * class_loss(model.unet, adam, theta0, x0, plain[wording])
+        x0, wording = draw(len(contexts))
+        context = contexts[wording]                                              # [B, L, D]
+        if s.identifier_lr:
+            before, context = context, model.text(tokens[wording])
+            of_text = s.text_preservation * (beside[wording] * (context - before)).square().mean()
+        loss = diffusion.loss(model.unet, x0, context, None)                     # no camera: the 2D mode
+        adam.backward(loss + of_class + of_text)
         measured = preserve(adam.weights[of_unet], theta0[of_unet], s.preservation)
         if s.identifier_lr:
             adam.weights[-1].grad *= own_rows                                    # the other words keep their meaning
         adam.step()
-        return torch.cat([torch.stack([loss, of_class]).detach(), measured])     # [6]
+        return torch.cat([torch.stack([loss, of_class, of_text]).detach(), measured])                           # [7]
 
-    graphed, sums, counted, done = GraphedStep(step, device), torch.zeros(6, device=device), 0, start
+    graphed, sums, counted, done = GraphedStep(step, device), torch.zeros(7, device=device), 0, start
     with cli.interrupt_flag() as interrupted, side_stream(device):
         bar = tqdm(range(start, s.steps), initial=start, total=s.steps, desc=s.prompt)
         for done in bar:
@@ -148,9 +163,9 @@ def finetune(model, moments, texts, plain, s, out, state=None, show=None):
             sums += graphed()
             counted, done = counted + 1, done + 1
             if done % LOG_EVERY == 0 or done == s.steps:
-                loss, of_class, l1, l2, gradient, pull = (sums / counted).tolist()
-                run.log(out / "log.jsonl", step=done, loss=loss, class_loss=of_class, preservation=s.preservation * l1, distance=l2,
-                        share=pull / max(pull + gradient, 1e-30))
+                loss, of_class, of_text, l1, l2, gradient, pull = (sums / counted).tolist()
+                run.log(out / "log.jsonl", step=done, loss=loss, class_loss=of_class, text_loss=of_text,
+                        preservation=s.preservation * l1, distance=l2, share=pull / max(pull + gradient, 1e-30))
                 bar.set_postfix(loss=f"{loss:.4f}", distance=f"{l2:.3g}")
                 sums.zero_()
                 counted = 0
@@ -197,8 +212,7 @@ def main(argv=None):
     tune(tf32=True)
     rgba = torch.cat([rgba, rgba.flip(-1)]) if s.flips else rgba
     moments = data.moments(model.vae, rgba.to(device)[:, None], GREYS)       # [copies, N, 1, 2c, h, w]
-    texts = model.text.tokenize(prompts).to(device) if s.identifier_lr else model.embed(prompts)       # [W, L] or [W, L, D]
-    texts, without_v = (t.expand(len(rgba), *t.shape) for t in (texts, model.embed(plain)))
+    tokens, contexts, without_v = model.text.tokenize(prompts).to(device), model.embed(prompts), model.embed(plain)
 
     def set_aside(place):                                                        # what does not learn makes room for what does
         for module in [model.vae] if s.identifier_lr else [model.vae, model.text]:
@@ -216,11 +230,11 @@ def main(argv=None):
         save_png(out / "progress" / f"samples_{step:06d}.png", grid(torch.cat([with_v, without, singles]), 4))
         rows = run.read_log(out / "log.jsonl")
         save_curve(out / "curves.png", {label: [(row["step"], row[name]) for row in rows] for name, label in (
-            ("loss", "diffusion loss"), ("class_loss", "class loss"), ("preservation", "preservation loss"),
+            ("loss", "diffusion loss"), ("class_loss", "class loss"), ("text_loss", "text loss"), ("preservation", "preservation loss"),
             ("share", "its share of the gradient"), ("distance", "distance from the start"))}, "step", "", log_scale=True)
 
     set_aside("cpu")
-    done = finetune(model, moments, texts, without_v, s, out, state, show)
+    done = finetune(model, moments, tokens, contexts, without_v, s, out, state, show)
     if done < s.steps:
         print(f"interrupted after {done} of {s.steps} steps; go on with the same command and --resume")
         raise KeyboardInterrupt

@@ -56,7 +56,8 @@ PRESETS = {
                      levels=8, log2_entries=15, coarsest=8, finest=128, lr_grid=0.02, lr=0.005, occupancy_cells=32, occupancy_every=8,
                      density_threshold=10.0),
         dreambooth=dict(steps=600, batch=16, lr=2e-4, cosine=True, preservation=100.0, wordings=True,
-                        class_preservation=1.0, identifier_lr=1e-2)),           # the text tower has seen 65 words: it hardly hears a new one
+                        class_preservation=1.0, identifier_lr=1e-2,             # the text tower has seen 65 words and hardly hears a new one
+                        text_preservation=0.03)),
 }
 
 

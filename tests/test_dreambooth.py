@@ -19,6 +19,7 @@ from scripts import Killed, killed_after, saved_model
 from test_model import small_config
 
 PROMPT = "a photo of [v] bulldog"
+LEARNED = ["--class-preservation", "1", "--identifier-lr", "0.01", "--text-preservation", "1"]
 SAMPLE = MVDream.sample
 
 
@@ -83,17 +84,19 @@ def test_gradient_of_the_preservation_loss(block, monkeypatch):
     assert pull.item() == pytest.approx(300 / 19 * 16 ** 0.5, rel=1e-5)          # 16 of 17 have moved
 
 
-@pytest.mark.parametrize("of_class, identifier_lr", [(0.0, 0.0), (100.0, 0.0), (100.0, 1e-2)])
-def test_a_step_is_adamw_on_every_loss(folder, tmp_path, of_class, identifier_lr):
-    """Two steps of `finetune` by hand: at θ0 neither preservation loss has a gradient, one step later both have."""
+@pytest.mark.parametrize("of_class, identifier_lr, of_text", [(0.0, 0.0, 0.0), (100.0, 0.0, 0.0), (100.0, 1e-2, 0.0), (0.0, 1e-2, 0.01),
+                                                              (100.0, 1e-2, 0.003)])
+def test_a_step_is_adamw_on_every_loss(folder, tmp_path, of_class, identifier_lr, of_text):
+    """Two steps of `finetune` by hand: at θ0 no preservation loss has a gradient, one step later all have."""
     model = MVDream.load(folder / "small.safetensors")
-    tokens, plain_context = model.text.tokenize(["a photo of phol bulldog"]), model.embed(["a photo of bulldog", ""])
-    moments, texts = torch.rand(2, 3, 1, 16, 8, 8), tokens if identifier_lr else model.text(tokens)
+    tokens = model.text.tokenize(["a photo of phol bulldog", "phol bulldog"])    # the identifier at two places
+    plain_context = model.embed(["a photo of bulldog", ""])
+    moments, before = torch.rand(2, 3, 1, 16, 8, 8), model.text(tokens)
     s = dreambooth.Settings("", PROMPT, steps=2, batch=2, lr=1e-3, preservation=1e4, class_preservation=of_class,
-                            identifier_lr=identifier_lr)
+                            identifier_lr=identifier_lr, text_preservation=of_text)
     plain, frozen, text = copy.deepcopy(model.unet).requires_grad_(True), copy.deepcopy(model.unet), copy.deepcopy(model.text)
     torch.manual_seed(5)
-    assert dreambooth.finetune(model, moments, texts.expand(3, *texts.shape), plain_context.expand(3, -1, -1, -1), s, tmp_path) == 2
+    assert dreambooth.finetune(model, moments, tokens, before, plain_context, s, tmp_path) == 2
     parameters = [p for name, p in plain.named_parameters() if not name.startswith("camera_mlp")]
     theta0, count = [p.detach().clone() for p in parameters], sum(p.numel() for p in plain.parameters())
     table, (row,) = text.tower.token_embedding.weight, text.rows_of("phol")
@@ -115,10 +118,12 @@ def test_a_step_is_adamw_on_every_loss(folder, tmp_path, of_class, identifier_lr
             abar = diffusion.alphas_cumprod()[t].view(-1, 1, 1, 1, 1)
             x_t = abar.sqrt() * z + (1 - abar).sqrt() * noise
             loss = loss + of_class * (plain(x_t, t, plain_context[wording]) - frozen(x_t, t, plain_context[wording])).square().mean()
-        z, _ = photos(1)
+        z, wording = photos(2)
         spelled = torch.where(torch.arange(len(table))[:, None] == row, word, table)
-        context = torch.func.functional_call(text, {"tower.token_embedding.weight": spelled}, (tokens.expand(2, -1),))
+        context = torch.func.functional_call(text, {"tower.token_embedding.weight": spelled}, (tokens[wording],))
         loss = loss + diffusion.loss(plain, z, context)
+        changed = (context - before[wording]).square().sum(2)[tokens[wording] != row]                          # all but "phol"
+        loss = loss + of_text * changed.sum() / context.numel()
         adam.zero_grad()
         loss.backward()
         adam.step()
@@ -137,8 +142,8 @@ def test_it_learns_the_photos_and_a_strong_preservation_holds_it_back(folder, tm
         torch.manual_seed(0)
         s = dreambooth.Settings("", PROMPT, steps=20, batch=2, lr=5e-3, preservation=strength)
         (tmp_path / out).mkdir()
-        context = model.embed(["a bulldog"]).expand(3, 1, -1, -1)
-        dreambooth.finetune(model, torch.ones(1, 3, 1, 16, 8, 8), context, context, s, tmp_path / out)
+        tokens, context = model.text.tokenize(["a bulldog"]), model.embed(["a bulldog"])
+        dreambooth.finetune(model, torch.ones(1, 3, 1, 16, 8, 8), tokens, context, context, s, tmp_path / out)
         rows = run.read_log(tmp_path / out / "log.jsonl")
         return rows[0], rows[-1]
     first, last = distance_and_loss(0.0, "free")
@@ -153,14 +158,12 @@ def test_it_learns_the_photos_and_a_strong_preservation_holds_it_back(folder, tm
 def test_wordings_are_what_later_prompts_will_say(start, monkeypatch, prompt, expected):
     """With [v] as the photos' names, without it as what shall stay, and then also the prompt of guidance, which says nothing."""
     given, learn = [], dreambooth.finetune
-    monkeypatch.setattr(dreambooth, "finetune", lambda model, *rest: given.append((model, *rest[1:3])) or learn(model, *rest))
+    monkeypatch.setattr(dreambooth, "finetune", lambda model, *rest: given.append((model, *rest[1:4])) or learn(model, *rest))
     start("run", "--wordings", "--steps", "1", prompt=prompt)
-    start("learned", "--wordings", "--steps", "1", "--identifier-lr", "0.01", prompt=prompt)
-    for (model, texts, plain), expects in zip(given, (MVDream.embed, lambda model, prompts: model.text.tokenize(prompts))):
-        names = expects(model, expected)
-        assert torch.equal(texts, names.expand(3, *names.shape))                 # the same for every photo
-        without_v = model.embed([name.replace("phol ", "") for name in expected] + [""])
-        torch.testing.assert_close(plain, without_v.expand(3, -1, -1, -1), rtol=0, atol=1e-6)
+    (model, tokens, contexts, plain), = given
+    assert torch.equal(tokens, model.text.tokenize(expected)) and torch.equal(contexts, model.embed(expected))
+    without_v = model.embed([name.replace("phol ", "") for name in expected] + [""])
+    torch.testing.assert_close(plain, without_v, rtol=0, atol=1e-6)
 
 
 def test_the_rates_fall_along_the_cosine(folder, tmp_path):
@@ -171,9 +174,9 @@ def test_the_rates_fall_along_the_cosine(folder, tmp_path):
         s = dreambooth.Settings("", PROMPT, steps=4, batch=2, lr=1e-3, weight_decay=0.0, cosine=cosine, identifier_lr=1e-2)
         weights = model.unet.conv_out.weight, model.text.tower.token_embedding.weight
         before = [w.detach().clone() for w in weights]
-        tokens, plain = model.text.tokenize(["a phol bulldog"]), model.embed(["a bulldog"])
+        tokens, contexts, plain = model.text.tokenize(["a phol bulldog"]), model.embed(["a phol bulldog"]), model.embed(["a bulldog"])
         torch.manual_seed(0)
-        dreambooth.finetune(model, torch.rand(1, 3, 1, 16, 8, 8), tokens.expand(3, 1, -1), plain.expand(3, 1, -1, -1), s, tmp_path)
+        dreambooth.finetune(model, torch.rand(1, 3, 1, 16, 8, 8), tokens, contexts, plain, s, tmp_path)
         moved[cosine] = [(w - w0).abs().max().item() for w, w0 in zip(weights, before)]
     rates = sum(learning_rate(step, 4, 1e-3) for step in range(4))
     for free, falling, factor in zip(moved[False], moved[True], (1, 10)):
@@ -181,7 +184,7 @@ def test_the_rates_fall_along_the_cosine(folder, tmp_path):
 
 
 @pytest.mark.parametrize("killed_at, flags", [
-    (1, []), (3, []), (3, ["--class-preservation", "1", "--identifier-lr", "0.01"])])                  # before any checkpoint, and after
+    (1, []), (3, []), (3, LEARNED)])                                             # before any checkpoint, and after
 def test_a_killed_run_resumes_bit_for_bit(start, monkeypatch, killed_at, flags, tmp_path):
     whole = start("whole", *flags)
     with killed_after(monkeypatch, lambda row: row["step"] == killed_at):
@@ -271,7 +274,7 @@ def test_a_photo_too_few_is_named_and_the_rest_is_used(start, folder, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("flags", [[], ["--class-preservation", "1", "--identifier-lr", "0.01"]])
+@pytest.mark.parametrize("flags", [[], LEARNED])
 def test_pictures_are_drawn_between_captured_steps(start, folder, tmp_path, monkeypatch, flags):
     """What does not learn comes back for the pictures and goes again, before the capture and after it, and is the same afterwards."""
     monkeypatch.setattr(MVDream, "sample", SAMPLE)
