@@ -222,10 +222,8 @@ def main(argv=None):
     def show(step):
         """Three rows: the subject from four sides, its class from four sides, and four pictures of the subject in 2D mode."""
         set_aside(device)
-        torch.backends.cudnn.benchmark = False                                   # to try all algorithms on a picture takes 30 GiB
         with_v, without = model.sample([prompts[0], plain[0]], steps=25, seed=s.seed)   # [4, 3, H, W] each
         singles = model.sample(prompts[0], steps=25, seed=s.seed, mode="2d")[0]
-        torch.backends.cudnn.benchmark = True
         set_aside("cpu")
         save_png(out / "progress" / f"samples_{step:06d}.png", grid(torch.cat([with_v, without, singles]), 4))
         rows = run.read_log(out / "log.jsonl")

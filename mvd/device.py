@@ -38,6 +38,17 @@ def tune(tf32):
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
 
 
+@contextlib.contextmanager
+def untuned():
+    """Within this context cuDNN tries no algorithms, whatever `tune` has said: for what runs once and is large, since some of them take
+    tens of gigabytes for that."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 def can_compile(device):
     """Whether torch.compile works here: on CUDA, with Triton, and what Triton needs, a C compiler and Python's header files."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (7, 0) or not importlib.util.find_spec("triton"):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from . import cameras, checkpoint, diffusion, weights
-from .device import GraphedStep, side_stream
+from .device import GraphedStep, side_stream, untuned
 from .errors import UserError
 from .files import write_atomic, write_safetensors
 from .text import TextConfig, TextTower
@@ -215,4 +215,5 @@ class MVDream(nn.Module):
         shape = (len(prompts), views, config.unet.in_channels, size // factor, size // factor)
         with side_stream(device):
             latents = diffusion.sample(GraphedStep(eps, device), shape, steps, sampler, eta, generator, device, progress)
-            return (self.decode(latents).float() / 2 + 0.5).clamp(0, 1)
+            with untuned():
+                return (self.decode(latents).float() / 2 + 0.5).clamp(0, 1)
