@@ -177,9 +177,9 @@ def finetune(model, moments, tokens, contexts, plain, s, out, state=None, show=N
                 run.save_checkpoint(out / "checkpoint.safetensors", {"step": done, **adam.state_dict(), "random": random_state()})
             if interrupted.is_set():
                 break
+        adam.finish(adam.weights)
         for module, *_ in groups:
-            module.float().requires_grad_(False)
-        adam.work_with(adam.weights)
+            module.requires_grad_(False)
     return done
 
 

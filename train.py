@@ -137,8 +137,7 @@ def fit(phase, model, module, losses, shares, first, steps, peak_lr, s, out, sta
             if interrupted.is_set():
                 print(f"interrupted in phase {phase} after {done} of {steps} steps; go on with the same command and --resume")
                 raise KeyboardInterrupt
-        module.float()
-        adam.work_with(average)
+        adam.finish(average)
 
 
 def new_model(preset, d):

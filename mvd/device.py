@@ -1,6 +1,7 @@
 """Where the work runs: the device, its number format, its random numbers, and steps captured as CUDA graphs."""
 import contextlib
 import ctypes
+import functools
 import importlib.util
 import os
 import shutil
@@ -104,17 +105,23 @@ class GraphedStep:
         return self.result
 
 
+@functools.cache
+def own_stream(device):
+    """The stream of `side_stream`. There is one a device, since cuBLAS keeps a workspace for every stream that it has seen."""
+    return torch.cuda.Stream(device)
+
+
 @contextlib.contextmanager
 def side_stream(device):
     """On CUDA, work within this context runs on a stream of its own: after all that came before, and before all that follows."""
     if device.type != "cuda":
         yield
         return
-    stream, default = torch.cuda.Stream(device), torch.cuda.current_stream(device)
-    stream.wait_stream(default)
+    stream, before = own_stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(before)
     with torch.cuda.stream(stream):
         yield
-    default.wait_stream(stream)
+    before.wait_stream(stream)
 
 
 def keep_memory():

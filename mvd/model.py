@@ -175,9 +175,10 @@ class MVDream(nn.Module):
         return (self.config.vae.scale_factor * z).unflatten(0, images.shape[:2])
 
     def decode(self, latents):
-        """Scaled latents [B, V, c, h, w] -> images [B, V, 3, H, W], about in [-1, 1]; one set at a time, since wide
-        feature maps take memory."""
-        return torch.stack([self.vae.decode(z / self.config.vae.scale_factor) for z in latents])
+        """Scaled latents [B, V, c, h, w] -> images [B, V, 3, H, W], about in [-1, 1]; one at a time, since wide feature
+        maps take memory."""
+        images = [self.vae.decode(z) for z in (latents / self.config.vae.scale_factor).flatten(0, 1).split(1)]
+        return torch.cat(images).unflatten(0, latents.shape[:2])
 
     @torch.no_grad()
     def sample(self, prompt, negative=None, views=4, steps=50, guidance=None, rescale=0.0, elevation=15.0, azimuth=0.0,

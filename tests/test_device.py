@@ -51,6 +51,17 @@ def test_a_step_off_cuda_takes_its_arguments_and_may_return_nothing():
 
 
 @pytest.mark.gpu
+def test_there_is_one_stream_however_often_and_deep_it_is_entered():
+    cuda, seen = torch.device("cuda"), []
+    for _ in range(2):
+        with device.side_stream(cuda), device.side_stream(cuda):
+            seen.append(torch.cuda.current_stream())
+            total = torch.ones(1000, device=cuda).sum()
+        assert total.item() == 1000 and torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert seen[0] == seen[1] != torch.cuda.default_stream()
+
+
+@pytest.mark.gpu
 def test_a_captured_step_reads_its_new_arguments():
     cuda = torch.device("cuda")
     step = device.GraphedStep(lambda a, b: a * b.float(), cuda)

@@ -51,6 +51,16 @@ def test_small_steps_are_not_lost_in_bfloat16():
         assert torch.equal(rounded - 1e-6, rounded)                              # a bfloat16 weight would not have moved, each time
 
 
+def test_at_the_end_the_network_holds_the_float32_weights_without_a_copy():
+    net = network()
+    adam = MasterAdamW([(net, 0.01, 0.0)], (0.9, 0.99))
+    net.bfloat16()                                                               # as on a GPU
+    adam.finish(adam.weights)
+    for p, w in zip(net.parameters(), adam.weights):
+        assert torch.equal(p, w) and p.data_ptr() == w.data_ptr()
+    assert net(torch.ones(1, 5)).dtype == torch.float32 and not torch.equal(adam.weights[0], adam.weights[0].bfloat16().float())
+
+
 def test_a_weight_that_the_loss_does_not_touch_stays():
     net = network()
     adam = MasterAdamW([(net, 0.1, 0.1)], (0.9, 0.99))
