@@ -20,6 +20,7 @@ from mvd.device import (GraphedStep, can_compile, choose_device, choose_dtype, l
 from mvd.errors import UserError
 from mvd.files import write_safetensors
 from mvd.model import MVDream
+from mvd.page import write_page
 from mvd.sds import Settings
 
 PICTURE_GREY = 0.8                               # behind the results
@@ -36,9 +37,9 @@ def look(s, nerf, occupancy, azimuths, size, normals=False, elevation=15.0, fov=
     return picture, dict(elevation=elevation, azimuth=torch.as_tensor(azimuths, dtype=torch.float32), fov=fov, distance=distance)
 
 
-def write_results(s, nerf, occupancy, out, size):
-    """Pictures from eight sides, turntable, depth, normals, field and mesh. Returns the mean opacity along the pictures' borders,
-    where nothing should be."""
+def write_results(s, nerf, occupancy, out, size, done):
+    """Pictures from eight sides, turntable, depth, normals, field, mesh, loss and page after so many steps. Returns the mean opacity along
+    the pictures' borders, where nothing should be."""
     eight, camera = look(s, nerf, occupancy, [45.0 * i for i in range(8)], size, normals=True)
     pictures.save_png(out / "views4.png", pictures.grid(eight.rgb[::2], 4))
     pictures.save_png(out / "views.png", pictures.grid(eight.rgb, 4))
@@ -56,6 +57,11 @@ def write_results(s, nerf, occupancy, out, size):
     else:
         mesh.write_glb(out / "mesh.glb", surface)
         mesh.write_obj(out / "mesh.obj", surface)
+    rows = [(row["step"], row["loss"]) for row in run.read_log(out / "log.jsonl")]
+    pictures.save_curve(out / "loss.png", {"loss": rows}, "step", "loss", log_scale=True)
+    write_page(out, s.prompt, f"{done} of {s.steps} steps", {
+        "From eight sides": [out / "views.png"], "Progress": sorted((out / "progress").glob("*.png")),
+        "Normals": [out / "normals.png"], "Depth": [out / "depth.png"], "Loss": [out / "loss.png"]}, frames.rgb)
     edges = (eight.opacity[..., 0, :], eight.opacity[..., -1, :], eight.opacity[..., 0], eight.opacity[..., -1])   # [V, 1, size]
     return torch.stack(edges).mean().item()
 
@@ -114,6 +120,8 @@ def distill(s, model, out, state=None):
             if done % show_every == 0 or done == FIRST_LOOK:
                 four, _ = look(s, nerf, occupancy, [0.0, 90.0, 180.0, 270.0], s.coarse_size)
                 pictures.save_png(out / "progress" / f"{done:06d}.png", pictures.grid(four.rgb, 4))
+                write_page(out, s.prompt, f"{done} of {s.steps} steps", {"Progress": sorted((out / "progress").glob("*.png"))},
+                                live=True)
                 torch.cuda.empty_cache()                                         # each picture takes its own number of samples
             if done % s.save_every == 0 or done == s.steps or interrupted.is_set():
                 checkpoint(done)
@@ -143,13 +151,11 @@ def main():
     if done < s.steps:
         print(f"interrupted after {done} of {s.steps} steps; go on with the same command and --resume; writing the results so far "
               f"to {out}")
-    haze = write_results(s, nerf, occupancy, out, model.config.size)
-    rows = [(row["step"], row["loss"]) for row in run.read_log(out / "log.jsonl")]
-    pictures.save_curve(out / "loss.png", {"loss": rows}, "step", "loss", log_scale=True)
+    haze = write_results(s, nerf, occupancy, out, model.config.size, done)
     if done < s.steps:
         raise KeyboardInterrupt
     print(f"{out}: {s.steps} steps and all results in {time.time() - begin:.0f} s, opacity along the borders {haze:.4f}; "
-          f"open {out / 'turntable.webp'}")
+          f"open {out / 'index.html'}")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from mvd.device import GraphedStep, choose_device, random_state, set_random_stat
 from mvd.errors import UserError
 from mvd.masters import MasterAdamW, learning_rate
 from mvd.model import MVDream
+from mvd.page import write_page
 from mvd.pictures import grid, save_curve, save_png
 from mvd.text import check_identifier, name_subject, words_of
 
@@ -230,6 +231,9 @@ def main(argv=None):
         save_curve(out / "curves.png", {label: [(row["step"], row[name]) for row in rows] for name, label in (
             ("loss", "diffusion loss"), ("class_loss", "class loss"), ("text_loss", "text loss"), ("preservation", "preservation loss"),
             ("share", "its share of the gradient"), ("distance", "distance from the start"))}, "step", "", log_scale=True)
+        write_page(out, s.prompt, f"{step} of {s.steps} steps", {
+            "Photos": [out / "photos.png"], "[v] from four sides; without [v]; [v] in 2D mode": [out / "progress" / f"samples_{step:06d}.png"],
+            "Curves": [out / "curves.png"]}, live=step < s.steps)
 
     set_aside("cpu")
     done = finetune(model, moments, tokens, contexts, without_v, s, out, state, show)

@@ -22,6 +22,7 @@ from mvd.device import GraphedStep, choose_device, random_state, set_random_stat
 from mvd.errors import UserError
 from mvd.masters import MasterAdamW, learning_rate
 from mvd.model import PRESETS, MVDream
+from mvd.page import write_page
 from mvd.pictures import grid, save_curve, save_png
 from mvd.text import IDENTIFIERS, words_of
 
@@ -185,6 +186,12 @@ def main(argv=None):
     run.truncate_log(out / "log.jsonl", state["step"] + (s.vae_steps if state["phase"] == "unet" else 0) + 1)
     sets, images = d.sets.to(device), d.images.to(device)                        # uint8 [N, 32, 4, H, W], [M, 4, H, W]
 
+    def show_page(step):
+        newest = {kind: sorted((out / "progress").glob(f"{kind}_*.png"))[-1:] for kind in ("samples", "vae")}
+        write_page(out, f"Training on {s.data}", f"{step} of {s.vae_steps + s.steps} steps", {
+            "Samples: a row is two sets of four views, each with a picture in 2D mode": newest["samples"], "Loss": [out / "loss.png"],
+            "Pictures, and below them what the autoencoder makes of them": newest["vae"]}, live=step < s.vae_steps + s.steps)
+
     # ---- the autoencoder, or its decoder ----
     def draw_pictures(batch, share=0.5):                                         # three of four from the sets, on random greys
         n = batch * 3 // 4
@@ -201,6 +208,7 @@ def main(argv=None):
         run.log(out / "log.jsonl", phase="vae", step=step, psnr=psnr)
         rows = torch.cat([pictures[:8], decoded[:8], pictures[-8:], decoded[-8:]])
         save_png(out / "progress" / f"vae_{step:06d}.png", grid(rows / 2 + 0.5, 8))
+        show_page(step)
 
     if s.vae_steps and state["phase"] != "unet":
         learning = torch.nn.ModuleList([model.vae.post_quant_conv, model.vae.decoder]) if s.init else model.vae
@@ -244,6 +252,7 @@ def main(argv=None):
         rows = [row for row in run.read_log(out / "log.jsonl") if row["phase"] == "unet"]
         save_curve(out / "loss.png", {name: [(row["step"] - s.vae_steps, row[name]) for row in rows if name in row]
                                           for name in ("multiview", "single")}, "step", "loss", log_scale=True)
+        show_page(step)
 
     trained = torch.nn.ModuleList([model.unet] if s.init else [model.unet, model.text])
     fit("unet", model, trained, {"multiview": multiview, "single": single}, [MULTIVIEW_SHARE, 1 - MULTIVIEW_SHARE],

@@ -21,7 +21,7 @@ def grid(images, columns):
     return sheet
 
 
-def _to_pil(image):
+def to_pil(image):
     """[3, H, W] or [H, W] in [0, 1], clamped -> a Pillow picture."""
     pixels = (image.detach().float().cpu().nan_to_num().clamp(0, 1) * 255).round().byte()
     return Image.fromarray((pixels.permute(1, 2, 0) if pixels.dim() == 3 else pixels).contiguous().numpy())
@@ -29,14 +29,14 @@ def _to_pil(image):
 
 def save_png(path, image):
     """image: [3, H, W] or [H, W] (grey) in [0, 1], what lies outside is clamped; written in one stroke."""
-    write_atomic(path, lambda file: _to_pil(image).save(file, "PNG"))
+    write_atomic(path, lambda file: to_pil(image).save(file, "PNG"))
 
 
 def save_turntable(path, frames, seconds=4.0):
     """frames [N, 3, H, W] in [0, 1] -> an animated WebP that plays them once in `seconds`, for ever."""
     # WebP: all browsers and Pillow wheels know it; GIF has 256 colours (bands in the shading), APNG is 7 times larger.
     ends = np.round(np.arange(len(frames) + 1) * 1000 * seconds / len(frames)).astype(int)
-    first, *others = [_to_pil(frame) for frame in frames]
+    first, *others = [to_pil(frame) for frame in frames]
     write_atomic(path, lambda file: first.save(file, "WEBP", save_all=True, append_images=others, loop=0, quality=90,
                                                duration=np.diff(ends).tolist()))
 

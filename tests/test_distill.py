@@ -63,7 +63,7 @@ def assert_same_run(a, b):
         assert ours.keys() == theirs.keys() and header == other_header
         for name in ours:
             assert torch.equal(ours[name], theirs[name]), name
-    without = ("config.json", "checkpoint.safetensors")
+    without = ("config.json", "index.html", "checkpoint.safetensors")            # the page shows the settings, --out among them
     everything = [{path.relative_to(folder): content for path, content in contents(folder, without).items()} for folder in (a, b)]
     assert everything[0].keys() == everything[1].keys()
     assert [name for name in everything[0] if everything[0][name] != everything[1][name]] == []
@@ -76,7 +76,9 @@ def test_a_run_leaves_everything_behind(start, tmp_path, capsys):
     out = tmp_path / "run"
     assert {path.name for path in out.iterdir()} == {
         "config.json", "log.jsonl", "loss.png", "progress", "views.png", "views4.png", "depth.png", "normals.png", "turntable.webp",
-        "views.safetensors", "field.safetensors", "checkpoint.safetensors", "mesh.glb", "mesh.obj"}
+        "views.safetensors", "field.safetensors", "checkpoint.safetensors", "mesh.glb", "mesh.obj", "index.html"}
+    page = (out / "index.html").read_text()
+    assert "6 of 6 steps" in page and 'data-count="36"' in page and page.count("<img") == 6 + 4 and "refresh" not in page
     printed = capsys.readouterr().out
     assert "6 steps and all results" in printed and "no mesh" not in printed
     config = json.loads((out / "config.json").read_text())
@@ -222,6 +224,15 @@ def test_a_killed_run_resumes_bit_for_bit(start, monkeypatch, whole, flags, thre
     finally:
         torch.set_num_threads(1)
     assert_same_run(undisturbed, tmp_path / "killed")
+
+
+def test_the_page_follows_the_run(start, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        die_after(patch, "log", 4)
+        with pytest.raises(Killed):
+            start("killed")
+    page = (tmp_path / "killed" / "index.html").read_text()
+    assert "3 of 6 steps" in page and page.count("<img") == 3 and "refresh" in page and "<canvas" not in page
 
 
 def test_a_run_of_another_device_can_be_resumed(start, whole, tmp_path, monkeypatch):

@@ -197,8 +197,10 @@ def test_the_result_knows_its_subject(start, folder, tmp_path, monkeypatch):
     """Every script takes the folder as --model and "[v]" in the prompt; the model before and after differ in the UNet alone."""
     start("dog", "--identifier", "ucd")
     names = {path.relative_to(tmp_path / "dog").as_posix() for path in (tmp_path / "dog").rglob("*") if path.is_file()}
-    assert names == {"config.json", "log.jsonl", "checkpoint.safetensors", "curves.png", "photos.png", "model.safetensors",
+    assert names == {"config.json", "log.jsonl", "checkpoint.safetensors", "curves.png", "photos.png", "model.safetensors", "index.html",
                      "progress/samples_000003.png", "progress/samples_000006.png"}
+    page = (tmp_path / "dog" / "index.html").read_text()
+    assert "6 of 6 steps" in page and page.count("<img") == 3 and "refresh" not in page
     before, after = MVDream.load(folder / "small.safetensors"), MVDream.load(tmp_path / "dog")
     assert after.config.text.identifier == "ucd"
     assert torch.equal(after.text.tokenize(["a [v] bulldog, [V]"]), after.text.tokenize(["a ucd bulldog, ucd"]))

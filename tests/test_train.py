@@ -51,6 +51,8 @@ def test_the_result_is_a_model_that_knows_its_words(start, tmp_path):
     assert {"red", "blue", "ball", "3d", "asset", "sks"} <= set(model.config.text.words)
     z = model.encode(torch.rand(8, 1, 3, 64, 64) * 2 - 1)
     assert torch.isfinite(z).all() and model.config.vae.scale_factor != 1.0
+    page = (tmp_path / "run" / "index.html").read_text()
+    assert "10 of 10 steps" in page and page.count("<img") == 3 and "refresh" not in page       # samples, loss, autoencoder
 
 
 def test_from_stable_diffusion_only_the_unet_learns(start, tmp_path, monkeypatch):
