@@ -59,20 +59,21 @@ def write_results(s, nerf, occupancy, out, size, done):
         mesh.write_obj(out / "mesh.obj", surface)
     rows = [(row["step"], row["loss"]) for row in run.read_log(out / "log.jsonl")]
     pictures.save_curve(out / "loss.png", {"loss": rows}, "step", "loss", log_scale=True)
-    write_page(out, s.prompt, f"{done} of {s.steps} steps", {
+    write_page(out, s.prompt, f"{done} of {s.steps} steps", asdict(s), {
         "From eight sides": [out / "views.png"], "Progress": sorted((out / "progress").glob("*.png")),
         "Normals": [out / "normals.png"], "Depth": [out / "depth.png"], "Loss": [out / "loss.png"]}, frames.rgb)
     edges = (eight.opacity[..., 0, :], eight.opacity[..., -1, :], eight.opacity[..., 0], eight.opacity[..., -1])   # [V, 1, size]
     return torch.stack(edges).mean().item()
 
 
-def distill(s, model, out, state=None):
-    """The loop. state: what the checkpoint held, or None. Returns (nerf, occupancy, steps done), which are fewer than s.steps after
-    Ctrl-C; the checkpoint is written. Raises UserError if the state is of another field, and then has changed no file."""
+def distill(s, prompts, model, out, state=None):
+    """The loop. prompts: what to make and the negative prompt, in words that the model knows. state: what the checkpoint held, or None.
+    Returns (nerf, occupancy, steps done), which are fewer than s.steps after Ctrl-C; the checkpoint is written. Raises UserError if the
+    state is of another field, and then has changed no file."""
     device = model.device
-    prompts = [s.prompt + (s.suffix if s.mode == "3d" else ""), s.negative]
+    prompt, negative = prompts
     with torch.no_grad():
-        context = model.embed(prompts)                                           # [2, L, D]
+        context = model.embed([prompt + (s.suffix if s.mode == "3d" else ""), negative])     # [2, L, D]
     torch.manual_seed(s.seed)
     nerf, occupancy, optimizer = sds.make_field(s, device)
     start = 0
@@ -120,8 +121,8 @@ def distill(s, model, out, state=None):
             if done % show_every == 0 or done == FIRST_LOOK:
                 four, _ = look(s, nerf, occupancy, [0.0, 90.0, 180.0, 270.0], s.coarse_size)
                 pictures.save_png(out / "progress" / f"{done:06d}.png", pictures.grid(four.rgb, 4))
-                write_page(out, s.prompt, f"{done} of {s.steps} steps", {"Progress": sorted((out / "progress").glob("*.png"))},
-                                live=True)
+                write_page(out, s.prompt, f"{done} of {s.steps} steps", asdict(s),
+                           {"Progress": sorted((out / "progress").glob("*.png"))}, live=True)
                 torch.cuda.empty_cache()                                         # each picture takes its own number of samples
             if done % s.save_every == 0 or done == s.steps or interrupted.is_set():
                 checkpoint(done)
@@ -144,10 +145,10 @@ def main():
     for low, high in (("coarsest", "finest"), ("t_min", "t_max")):
         if getattr(s, low) > getattr(s, high):
             raise UserError(f"--{low.replace('_', '-')} {getattr(s, low)} is above --{high.replace('_', '-')} {getattr(s, high)}")
-    known = replace(s, prompt=model.text.known_part(s.prompt), negative=model.text.known_part(s.negative))  # all unknown: the end
+    prompts = [model.text.known_part(p) for p in (s.prompt, s.negative)]         # all unknown: the end
     out = run.open_run(s.out, asdict(s), s.resume, f"runs/{run.slug(s.prompt)}{'-2d' if s.mode == '2d' else ''}", ("save_every", "compile"))
     state = run.last_checkpoint(out) if s.resume else None
-    nerf, occupancy, done = distill(known, model, out, state)
+    nerf, occupancy, done = distill(s, prompts, model, out, state)
     if done < s.steps:
         print(f"interrupted after {done} of {s.steps} steps; go on with the same command and --resume; writing the results so far "
               f"to {out}")

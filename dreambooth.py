@@ -218,7 +218,7 @@ def main(argv=None):
     def set_aside(place):                                                        # what does not learn makes room for what does
         for module in [model.vae] if s.identifier_lr else [model.vae, model.text]:
             module.to(place)
-        torch.cuda.empty_cache()                                                 # the loop's stream cannot use what this one keeps
+        torch.cuda.empty_cache()                                                 # a captured step has its own memory, and uses no other
 
     def show(step):
         """Three rows: the subject from four sides, its class from four sides, and four pictures of the subject in 2D mode."""
@@ -231,9 +231,9 @@ def main(argv=None):
         save_curve(out / "curves.png", {label: [(row["step"], row[name]) for row in rows] for name, label in (
             ("loss", "diffusion loss"), ("class_loss", "class loss"), ("text_loss", "text loss"), ("preservation", "preservation loss"),
             ("share", "its share of the gradient"), ("distance", "distance from the start"))}, "step", "", log_scale=True)
-        write_page(out, s.prompt, f"{step} of {s.steps} steps", {
-            "Photos": [out / "photos.png"], "[v] from four sides; without [v]; [v] in 2D mode": [out / "progress" / f"samples_{step:06d}.png"],
-            "Curves": [out / "curves.png"]}, live=step < s.steps)
+        write_page(out, s.prompt, f"{step} of {s.steps} steps", asdict(s), {
+            "Photos": [out / "photos.png"], "Curves": [out / "curves.png"],
+            "[v] from four sides; without [v]; [v] in 2D mode": [out / "progress" / f"samples_{step:06d}.png"]}, live=step < s.steps)
 
     set_aside("cpu")
     done = finetune(model, moments, tokens, contexts, without_v, s, out, state, show)

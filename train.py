@@ -188,7 +188,7 @@ def main(argv=None):
 
     def show_page(step):
         newest = {kind: sorted((out / "progress").glob(f"{kind}_*.png"))[-1:] for kind in ("samples", "vae")}
-        write_page(out, f"Training on {s.data}", f"{step} of {s.vae_steps + s.steps} steps", {
+        write_page(out, f"Training on {s.data}", f"{step} of {s.vae_steps + s.steps} steps", asdict(s), {
             "Samples: a row is two sets of four views, each with a picture in 2D mode": newest["samples"], "Loss": [out / "loss.png"],
             "Pictures, and below them what the autoencoder makes of them": newest["vae"]}, live=step < s.vae_steps + s.steps)
 

@@ -1,19 +1,18 @@
 """The page of a run, index.html: what was asked, how it went, and what came of it, as one file that needs no network.
 
-Pictures are inside the file, so it can be moved or sent alone; only its link to the run's folder then leads elsewhere.
-The turntable is a sheet of frames of which a canvas shows one: the one that dragging, an arrow key or the clock has come to.
+Pictures are inside the file, so it can be moved or sent alone. Until the run has ended, a browser loads it again every five seconds; of a
+run that was stopped, too, since it may be resumed. The turntable is a sheet of frames of which a canvas shows one: the one that dragging, an arrow key or the clock has come to.
 """
 import base64
 import html
 import io
-import json
 from string import Template
 
 from .files import write_atomic
 from .pictures import grid, to_pil
 
 COLUMNS = 6                                      # of the sheet of frames
-RELOAD = '<meta http-equiv="refresh" content="5">'                               # while the run goes on, every 5 seconds
+RELOAD = '<meta http-equiv="refresh" content="5">'
 
 PAGE = Template("""<!doctype html>
 <html lang="en">
@@ -23,6 +22,7 @@ PAGE = Template("""<!doctype html>
 <style>
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 1080px; margin: 2em auto; padding: 0 1em }
 h1 { font-size: 1.6em; margin: 0 } h2 { font-size: 1em; margin: 1.5em 0 .3em }
+h1, td { overflow-wrap: anywhere }
 canvas { width: min(100%, 480px); cursor: grab; touch-action: pan-y; margin-top: 1em }
 img { max-width: 100% } figure { display: inline-block; margin: 0 .6em .3em 0 } figure img { width: 200px }
 figcaption, p, td { color: #666 } td { padding-right: 1em }
@@ -33,8 +33,8 @@ figcaption, p, td { color: #666 } td { padding-right: 1em }
 <p>$status</p>
 $turntable
 $figures
-<details><summary>Settings</summary><table>$settings</table></details>
-<p><a href="./">All files of the run</a></p>
+<h2>Settings</h2>
+<table>$settings</table>
 </body>
 </html>
 """)
@@ -51,9 +51,12 @@ function show(now) {                             // turn: in frames, whose camer
   canvas.getContext("2d").drawImage(sheet, i % columns * (width + 2), Math.floor(i / columns) * (height + 2), width, height,
                                     0, 0, width, height)
 }
-canvas.onpointerdown = e => { spinning = false; grabbed = {x: e.clientX, turn}; canvas.setPointerCapture(e.pointerId) }
-canvas.onpointermove = e => { if (grabbed) show(grabbed.turn - (e.clientX - grabbed.x) / canvas.clientWidth * count) }
-canvas.onpointerup = canvas.onpointercancel = () => { grabbed = null }
+canvas.onpointerdown = e => {
+  if (grabbed || e.button) return                // a second finger, another button
+  spinning = false; grabbed = {by: e.pointerId, x: e.clientX, turn}; canvas.setPointerCapture(e.pointerId)
+}
+canvas.onpointermove = e => { if (grabbed?.by == e.pointerId) show(grabbed.turn - (e.clientX - grabbed.x) / canvas.clientWidth * count) }
+canvas.onlostpointercapture = () => { grabbed = null }
 canvas.onkeydown = e => { const by = {ArrowLeft: 1, ArrowRight: -1}[e.key]; if (by) { spinning = false; show(turn + by) } }
 sheet.onload = () => { show(0); setInterval(() => { if (spinning) show(turn + 1) }, 4000 / count) }
 sheet.src = canvas.dataset.sheet
@@ -65,12 +68,12 @@ def data_uri(content, kind):
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def write_page(out, title, status, figures, frames=None, live=False):
+def write_page(out, title, status, settings, figures, frames=None, live=False):
     """Write index.html into the folder `out` (Path) of a run, in one stroke.
 
-    title, status: one line each, any text. figures: {heading: [path of a PNG file, ...]}; several under one heading become small, with
-    their names; what is not there is left out. frames [N, 3, H, W] in [0, 1]: views of the object all round, counterclockwise seen from
-    above, equally far apart; or None. live: the run goes on, and a browser that shows the page loads it again and again.
+    title, status: one line each, any text. settings: {name: value}. figures: {heading: [path of a PNG file, ...]}; several under one
+    heading become small, with their names; what is not there is left out. frames [N, 3, H, W] in [0, 1]: views of the object all round,
+    counterclockwise seen from above, equally far apart; or None. live: the run goes on.
     """
     turntable, parts = "", []
     if frames is not None:
@@ -86,8 +89,7 @@ def write_page(out, title, status, figures, frames=None, live=False):
                       for image, path in zip(images, paths)]
         if images:
             parts.append("\n".join([f"<h2>{html.escape(heading)}</h2>", *images]))
-    settings = [f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(value))}</td></tr>"
-                for name, value in json.loads((out / "config.json").read_bytes()).items()]
+    rows = [f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(value))}</td></tr>" for name, value in settings.items()]
     write_atomic(out / "index.html", PAGE.substitute(
         title=html.escape(title), status=html.escape(status), reload=RELOAD if live else "", turntable=turntable,
-        figures="\n".join(parts), settings="\n".join(settings)).encode())
+        figures="\n".join(parts), settings="\n".join(rows)).encode(errors="replace"))      # a flag may hold bytes that are no text

@@ -265,6 +265,8 @@ def test_an_interrupt_saves_and_says_how_to_resume(start, whole, monkeypatch, st
         assert start("halted") == (130 if step < 6 else 0)                       # at the last step nothing is lost
     printed = capsys.readouterr().out
     assert (tmp_path / "halted" / "mesh.glb").exists() and (tmp_path / "halted" / "loss.png").exists()
+    page = (tmp_path / "halted" / "index.html").read_text()
+    assert f"{step} of 6 steps" in page and "<canvas" in page and "refresh" not in page
     assert run.load_checkpoint(tmp_path / "halted" / "checkpoint.safetensors")["step"] == step
     if step < 6:
         assert f"interrupted after {step} of 6 steps" in printed and "--resume" in printed and "halted" in printed

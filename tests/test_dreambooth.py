@@ -184,11 +184,14 @@ def test_the_rates_fall_along_the_cosine(folder, tmp_path):
 
 
 @pytest.mark.parametrize("killed_at, flags", [
-    (1, []), (3, []), (3, LEARNED)])                                             # before any checkpoint, and after
+    (1, []), (3, []), (4, LEARNED)])                                             # before any checkpoint, and after
 def test_a_killed_run_resumes_bit_for_bit(start, monkeypatch, killed_at, flags, tmp_path):
     whole = start("whole", *flags)
     with killed_after(monkeypatch, lambda row: row["step"] == killed_at):
         start("killed", *flags)
+    if killed_at == 4:                                                           # the page is of the last pictures, and waits for more
+        page = (tmp_path / "killed" / "index.html").read_text()
+        assert "3 of 6 steps" in page and "refresh" in page
     assert start("killed", "--resume", *flags) == whole
     assert (tmp_path / "killed" / "log.jsonl").read_bytes() == (tmp_path / "whole" / "log.jsonl").read_bytes()
 
@@ -213,7 +216,7 @@ def test_the_result_knows_its_subject(start, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(MVDream, "sample", lambda self, prompt, *_, **__: asked.extend(prompt) or torch.zeros(1, 4, 3, 8, 8))
     monkeypatch.setattr("sys.argv", ["sample.py", "a [v] bulldog", "--model", str(tmp_path / "dog"), "--out", str(tmp_path / "x.png")])
     sample.main()
-    monkeypatch.setattr(distill, "distill", lambda s, *_: asked.append(s.prompt) or (_ for _ in ()).throw(Killed))
+    monkeypatch.setattr(distill, "distill", lambda s, prompts, *_: asked.append(prompts[0]) or (_ for _ in ()).throw(Killed))
     monkeypatch.setattr("sys.argv", ["distill.py", "a [v] bulldog", "--model", str(tmp_path / "dog"), "--negative", "",
                                      "--out", str(tmp_path / "3d")])
     with pytest.raises(Killed):

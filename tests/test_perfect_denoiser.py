@@ -70,7 +70,7 @@ def test_a_perfect_denoiser_rebuilds_its_object(monkeypatch, tmp_path):
                          coarse_budget=1 << 14, fine_budget=1 << 14, step_size=0.04, random_background=1.0, grey_background=True,
                          occupancy_cells=32, levels=6, log2_entries=14,
                          coarsest=8, finest=64, lr_grid=0.05, lr=0.01, occupancy_every=8)
-    nerf, occupancy, _ = distill.distill(s, model, tmp_path)
+    nerf, occupancy, _ = distill.distill(s, (s.prompt, s.negative), model, tmp_path)
     seen, where = distill.look(s, nerf, occupancy, [30.0, 120.0, 210.0, 300.0], 32)
     c2w = cameras.orbit(where["elevation"], where["azimuth"], where["distance"])
     truth = pictures_of(model.shapes, model.palette, c2w, torch.tensor([where["fov"]]), 32, GREY)

@@ -42,6 +42,9 @@ def test_a_killed_run_resumes_bit_for_bit(start, monkeypatch, tmp_path):
         out = f"killed at {killed_at}"
         with killed_after(monkeypatch, lambda row: row["step"] == killed_at):
             start(out)
+        if killed_at == 9:                                                       # the page is of the last pictures, and waits for more
+            page = (tmp_path / out / "index.html").read_text()
+            assert "7 of 10 steps" in page and "refresh" in page
         assert start(out, "--resume") == whole and steps(out) == steps("whole")
 
 
