@@ -1,7 +1,8 @@
 """The page of a run, index.html: what was asked, how it went, and what came of it, as one file that needs no network.
 
-Pictures are inside the file, so it can be moved or sent alone. Until the run has ended, a browser loads it again every five seconds; of a
-run that was stopped, too, since it may be resumed. The turntable is a sheet of frames of which a canvas shows one: the one that dragging, an arrow key or the clock has come to.
+Pictures are inside the file, so it can be moved or sent alone. Until the run has ended, a browser loads the page again every five
+seconds; that of a run that was stopped, too, since it may be resumed. The turntable is a sheet of frames of which a canvas shows one: the
+one that dragging, an arrow key or the clock has come to.
 """
 import base64
 import html
