@@ -14,13 +14,14 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from mvd import cameras, cli, mesh, pictures, render, run, sds
-from mvd.device import (GraphedStep, can_compile, choose_device, choose_dtype, load_optimizer, random_state, set_random_state,
+from mvd import cameras, mesh, render, sds
+from mvd.tools import cli, pictures, run
+from mvd.tools.device import (GraphedStep, can_compile, choose_device, choose_dtype, load_optimizer, random_state, set_random_state,
                         side_stream, tune)
-from mvd.errors import UserError
-from mvd.files import write_safetensors
+from mvd.tools.errors import UserError
+from mvd.tools.files import write_safetensors
 from mvd.model import MVDream
-from mvd.page import write_page
+from mvd.tools.page import write_page
 from mvd.sds import Settings
 
 PICTURE_GREY = 0.8                               # behind the results

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 import torch
 from tqdm import tqdm
 
-from mvd import cli, run
-from mvd.device import choose_device, choose_dtype
-from mvd.errors import UserError
+from mvd.tools import cli, run
+from mvd.tools.device import choose_device, choose_dtype
+from mvd.tools.errors import UserError
 from mvd.model import MVDream
-from mvd.pictures import grid, save_png
+from mvd.tools.pictures import grid, save_png
 
 
 @dataclass

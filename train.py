@@ -17,13 +17,14 @@ from dataclasses import asdict, dataclass, field
 import torch
 from tqdm import tqdm
 
-from mvd import cli, data, diffusion, run
-from mvd.device import GraphedStep, choose_device, random_state, set_random_state, side_stream, tune
-from mvd.errors import UserError
-from mvd.masters import MasterAdamW, learning_rate
+from mvd.tools import cli, run
+from mvd import data, diffusion
+from mvd.tools.device import GraphedStep, choose_device, random_state, set_random_state, side_stream, tune
+from mvd.tools.errors import UserError
+from mvd.tools.masters import MasterAdamW, learning_rate
 from mvd.model import PRESETS, MVDream
-from mvd.page import write_page
-from mvd.pictures import grid, save_curve, save_png
+from mvd.tools.page import write_page
+from mvd.tools.pictures import grid, save_curve, save_png
 from mvd.text import IDENTIFIERS, words_of
 
 

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import cameras, cli, model, render, sds
-from .device import EAGER_CALLS, GraphedStep, can_compile, choose_device, choose_dtype, side_stream, tune
+from . import cameras, model, render, sds
+from .tools import cli
+from .tools.device import EAGER_CALLS, GraphedStep, can_compile, choose_device, choose_dtype, side_stream, tune
 from .model import MVDream
 
 

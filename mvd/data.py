@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from . import cameras
-from .errors import UserError
+from .tools.errors import UserError
 
 
 @dataclass

@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from .errors import UserError
+from .tools.errors import UserError
 
 NUM_TIMESTEPS = 1000
 

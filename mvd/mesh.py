@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .errors import UserError
-from .files import write_atomic
+from .tools.errors import UserError
+from .tools.files import write_atomic
 
 
 class Mesh(NamedTuple):

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from . import cameras, checkpoint, diffusion, weights
-from .device import GraphedStep, side_stream, untuned
-from .errors import UserError
-from .files import write_atomic, write_safetensors
+from . import cameras, diffusion, weights
+from .tools import checkpoint
+from .tools.device import GraphedStep, side_stream, untuned
+from .tools.errors import UserError
+from .tools.files import write_atomic, write_safetensors
 from .text import TextConfig, TextTower
 from .unet import MultiViewUNet, UNetConfig, camera_mlp
 from .vae import VAE, VAEConfig

@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from .errors import UserError
+from .tools.errors import UserError
 
 IDENTIFIERS = ("sks", "phol", "ucd", "mwf")       # rare tokens, reserved for subjects that DreamBooth will teach
 FILLERS = {",", *"a an and at by for from has in is its of on or that the to under with photo picture image wearing "

@@ -14,7 +14,7 @@ import statistics
 import torch
 
 from . import diffusion
-from .errors import UserError
+from .tools.errors import UserError
 from .text import TextConfig
 from .unet import UNetConfig
 from .vae import VAEConfig

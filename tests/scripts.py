@@ -3,7 +3,7 @@ import contextlib
 
 import pytest
 
-from mvd import cli, run
+from mvd.tools import cli, run
 from test_model import random_model
 
 

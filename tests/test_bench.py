@@ -5,7 +5,8 @@ import sys
 import pytest
 import torch
 
-from mvd import bench, cli, sds
+from mvd import bench, sds
+from mvd.tools import cli
 from scripts import saved_model, status
 from test_model import small_config
 

@@ -17,9 +17,10 @@ import pytest
 import torch
 
 import layouts
-from mvd import MVDream, checkpoint, cli, weights
-from mvd.errors import UserError
-from mvd.files import read_safetensors, write_safetensors
+from mvd import MVDream, weights
+from mvd.tools import checkpoint, cli
+from mvd.tools.errors import UserError
+from mvd.tools.files import read_safetensors, write_safetensors
 from test_model import random_model, small_config
 
 
@@ -460,7 +461,7 @@ def test_a_full_disk_while_saving(tmp_path, monkeypatch, capsys):
 
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr("mvd.files.os.fsync", full)
+    monkeypatch.setattr("mvd.tools.files.os.fsync", full)
     for name in ("m.safetensors", "m.pt"):
         with pytest.raises(SystemExit) as end:
             cli.main(lambda: model.save(tmp_path / name, layout="mvdream"))

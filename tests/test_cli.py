@@ -7,8 +7,8 @@ from typing import Optional
 import pytest
 import torch
 
-from mvd import cli
-from mvd.errors import UserError
+from mvd.tools import cli
+from mvd.tools.errors import UserError
 
 
 @dataclass

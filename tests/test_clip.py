@@ -6,8 +6,8 @@ import types
 import pytest
 import torch
 
-from mvd import clip, metrics
-from mvd.errors import UserError
+from mvd.metrics import clip, judge as metrics
+from mvd.tools.errors import UserError
 from test_metrics import THINGS, run_main, save_run
 
 

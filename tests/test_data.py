@@ -6,7 +6,7 @@ import torch
 
 import toy_data
 from mvd import cameras, data
-from mvd.errors import UserError
+from mvd.tools.errors import UserError
 from mvd.text import TextConfig, TextTower
 
 

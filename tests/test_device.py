@@ -2,8 +2,8 @@
 import pytest
 import torch
 
-from mvd import device
-from mvd.errors import UserError
+from mvd.tools import device
+from mvd.tools.errors import UserError
 
 
 @pytest.mark.parametrize("name", ["cuda:99", "cpu:x", "gpu", ""])

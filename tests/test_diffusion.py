@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from mvd.diffusion import (alphas_cumprod, betas, ddim_step, ddpm_step, guide, predict_x0, q_sample, rescale, sample,
                            timesteps)
-from mvd.errors import UserError
+from mvd.tools.errors import UserError
 
 REFERENCE = load_file(Path(__file__).parent / "data" / "schedule.safetensors")
 # the schedule once more, in numpy and float64

@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 
 import distill
-from mvd import cli, mesh, run, sds
-from mvd.files import read_safetensors, write_safetensors
+from mvd.tools import cli, run
+from mvd import mesh, sds
+from mvd.tools.files import read_safetensors, write_safetensors
 from mvd.nerf import NeRF, NeRFConfig
 from scripts import Killed, killed_after, saved_model, status
 from test_model import small_config

@@ -10,10 +10,11 @@ from PIL import Image
 import distill
 import dreambooth
 import sample
-from mvd import MVDream, cli, diffusion, run
-from mvd.errors import UserError
-from mvd.files import write_safetensors
-from mvd.masters import learning_rate
+from mvd import MVDream, diffusion
+from mvd.tools import cli, run
+from mvd.tools.errors import UserError
+from mvd.tools.files import write_safetensors
+from mvd.tools.masters import learning_rate
 from mvd.text import IDENTIFIERS
 from scripts import Killed, killed_after, saved_model
 from test_model import small_config

@@ -3,11 +3,12 @@ import pytest
 import torch
 from PIL import Image
 
-from mvd import identity, photos
-from mvd.animals import BLACK, PAINTS
-from mvd.errors import UserError
-from mvd.files import write_safetensors
-from mvd.metrics import Cameras
+from mvd.metrics import identity
+from mvd.tools import photos
+from mvd.toyworld.animals import BLACK, PAINTS
+from mvd.tools.errors import UserError
+from mvd.tools.files import write_safetensors
+from mvd.metrics.judge import Cameras
 
 TWO = Cameras(15.0, (0.0, 135.0))                                                # a side that a photo shows, and one that none shows
 

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from mvd.masters import MasterAdamW, learning_rate
+from mvd.tools.masters import MasterAdamW, learning_rate
 
 
 def network():

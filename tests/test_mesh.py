@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mvd import mesh
-from mvd.errors import UserError
+from mvd.tools.errors import UserError
 
 
 def sphere(size=24, radius=7.0, centre=(11.3, 11.8, 11.6)):

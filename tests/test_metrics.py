@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from mvd import metrics, toyworld
-from mvd.errors import UserError
-from mvd.metrics import (SAMPLED, Cameras, at_scales, cut_out, distance, distractors, draw_things, judge_sets, name_colours,
+from mvd.metrics import judge as metrics
+from mvd.toyworld import world as toyworld
+from mvd.tools.errors import UserError
+from mvd.metrics.judge import (SAMPLED, Cameras, at_scales, cut_out, distance, distractors, draw_things, judge_sets, name_colours,
                          read_prompt, real_views, row, summary, variety)
-from mvd.toyworld import ACCESSORIES, COLOURS, SUBJECTS, Thing
+from mvd.toyworld.world import ACCESSORIES, COLOURS, SUBJECTS, Thing
 
 THINGS = [Thing("bulldog", "crown", "red"), Thing("car", "party hat", "blue"), Thing("duck", "skateboard", "yellow"),
           Thing("lamp", "crown", "green")]                          # the last has no front

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from mvd import MVDream, cameras
-from mvd.errors import UserError
-from mvd.files import read_safetensors, write_safetensors
+from mvd.tools.errors import UserError
+from mvd.tools.files import read_safetensors, write_safetensors
 from mvd.model import PRESETS
 from mvd.text import IDENTIFIERS
 

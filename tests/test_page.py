@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mvd import pictures
-from mvd.page import write_page
+from mvd.tools import pictures
+from mvd.tools.page import write_page
 from toy_data import read_png
 
 

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import distill
-from mvd import cameras, diffusion, sdf, sds, toyworld
+from mvd import cameras, diffusion, sds
+from mvd.toyworld import tracer as sdf, world as toyworld
 
 GREY, BOX = 0.8, 0.9 / 0.5                       # behind the pictures; how much larger the field's box shows things than the world
 

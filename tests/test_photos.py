@@ -3,9 +3,9 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from mvd import photos
-from mvd.errors import UserError
-from mvd.photos import crop_box, open_photo
+from mvd.tools import photos
+from mvd.tools.errors import UserError
+from mvd.tools.photos import crop_box, open_photo
 
 QUARTERS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0))               # top left, top right, bottom left, bottom right
 

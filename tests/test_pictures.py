@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mvd import pictures
+from mvd.tools import pictures
 from toy_data import read_png
 
 

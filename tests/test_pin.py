@@ -19,8 +19,9 @@ import dreambooth
 import sample
 import toy_data
 import train
-from mvd import MVDream, mesh, run
-from mvd.files import read_safetensors
+from mvd import MVDream, mesh
+from mvd.tools import run
+from mvd.tools.files import read_safetensors
 from mvd.model import PRESETS
 from scripts import saved_model
 from test_model import small_config

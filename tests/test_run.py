@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from mvd import cli, files, run
-from mvd.errors import UserError
+from mvd.tools import cli, files, run
+from mvd.tools.errors import UserError
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -277,7 +277,7 @@ def test_killed_while_writing_checkpoints(tmp_path):
     """SIGKILL at any moment leaves a checkpoint that loads, whole: all its numbers are of one step."""
     script = """if True:
         import sys, torch
-        from mvd import run
+        from mvd.tools import run
         for step in range(10 ** 9):
             run.save_checkpoint(sys.argv[1], {"a": [torch.full((100_000,), float(step))] * 4, "step": step})
             run.log(sys.argv[2], step=step)

@@ -11,8 +11,8 @@ import torch
 import layouts
 import sample
 from mvd import MVDream
-from mvd.files import write_safetensors
-from mvd.pictures import grid
+from mvd.tools.files import write_safetensors
+from mvd.tools.pictures import grid
 from scripts import saved_model, status
 from test_model import small_config
 from toy_data import read_png

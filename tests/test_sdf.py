@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from mvd.cameras import orbit, rays
-from mvd.sdf import NOTHING, Buffers, arrive, camera_rays, compact, march, paint, render, surface
-from mvd.solids import (ball, box, cone, distance, dome, extent, limb, melting, pack, reach, ring, roof, rotation,
+from mvd.toyworld.tracer import NOTHING, Buffers, arrive, camera_rays, compact, march, paint, render, surface
+from mvd.toyworld.solids import (ball, box, cone, distance, dome, extent, limb, melting, pack, reach, ring, roof, rotation,
                         smooth_min)
 
 

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mvd import MVDream, diffusion, render, sds
-from mvd.device import GraphedStep, side_stream
+from mvd.tools.device import GraphedStep, side_stream
 from mvd.unet import MultiViewUNet, UNetConfig
 from scripts import saved_model
 from test_model import small_config

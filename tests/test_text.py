@@ -4,7 +4,7 @@ import warnings
 import pytest
 import torch
 
-from mvd.errors import UserError
+from mvd.tools.errors import UserError
 from mvd.text import IDENTIFIERS, TextConfig, TextTower, check_identifier, name_subject, tokenizer
 
 SMALL = dict(width=32, heads=2, layers=3, unused_layers=0, output_dim=None, context_length=12)

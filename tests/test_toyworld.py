@@ -12,13 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from mvd import MVDream, toyworld
-from mvd.animals import PAINTS, SLOT
+from mvd import MVDream
+from mvd.toyworld import world as toyworld
+from mvd.toyworld.animals import PAINTS, SLOT
 from mvd.cameras import orbit
-from mvd.errors import UserError
-from mvd.sdf import paint, render
-from mvd.solids import distance
-from mvd.toyworld import (ACCESSORIES, COLOURS, NATURAL, ORIENTED, SUBJECTS, Item, Thing, build, captions, draw, pairs, palette,
+from mvd.tools.errors import UserError
+from mvd.toyworld.tracer import paint, render
+from mvd.toyworld.solids import distance
+from mvd.toyworld.world import (ACCESSORIES, COLOURS, NATURAL, ORIENTED, SUBJECTS, Item, Thing, build, captions, draw, pairs, palette,
                           plan, split, write)
 
 PAIRS = [(s, a) for s in SUBJECTS for a in (None, *ACCESSORIES)]

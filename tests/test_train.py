@@ -9,9 +9,10 @@ import torch
 import layouts
 import toy_data
 import train
-from mvd import MVDream, diffusion, run
-from mvd.errors import UserError
-from mvd.masters import learning_rate
+from mvd import MVDream, diffusion
+from mvd.tools import run
+from mvd.tools.errors import UserError
+from mvd.tools.masters import learning_rate
 from mvd.model import PRESETS
 from scripts import killed_after, saved_model
 from test_model import small_config

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from layouts import PREFIXES, RELEASED, SMALL, named_tensor, released_tensors, to_diffusers, unet_pairs, vae_pairs
 from mvd import MVDream, weights
-from mvd.errors import UserError
+from mvd.tools.errors import UserError
 from mvd.model import PRESETS
 from mvd.unet import MultiViewUNet, UNetConfig
 from mvd.vae import VAE, VAEConfig

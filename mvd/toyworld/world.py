@@ -26,14 +26,14 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from . import cli
+from ..tools import cli
 from .accessories import ACCESSORIES
 from .animals import PAINTS
-from .cameras import orbit
-from .device import choose_device
-from .errors import UserError
-from .files import write_atomic
-from .sdf import paint, render
+from ..cameras import orbit
+from ..tools.device import choose_device
+from ..tools.errors import UserError
+from ..tools.files import write_atomic
+from .tracer import paint, render
 from .solids import extent, pack, reach
 from .subjects import ORIENTED, SUBJECTS  # noqa: F401 (ORIENTED is part of this module's surface)
 
@@ -270,7 +270,3 @@ def main():
     flags = parser.parse_args()
     images = 5 * flags.objects if flags.images is None else flags.images
     write(flags.out, flags.objects, images, flags.size, flags.seed, choose_device(flags.device))
-
-
-if __name__ == "__main__":
-    cli.main(main)

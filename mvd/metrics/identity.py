@@ -5,25 +5,27 @@ caption can express: a bulldog with a green body, a red bib and yellow paws. Fiv
 Pictures show the subject if they are nearer to it than to each of the 63 others, by mean squared error, view by view, from the same
 cameras; as in metrics.py, at the best of a few scales and fields of view, on the pictures' own background.
 
-    python -m mvd.identity bulldog 7 --photos photos/
+    python -m mvd.metrics.identity bulldog 7 --photos photos/
     python dreambooth.py photos/ --prompt "a photo of [v] bulldog" --out runs/my-dog
-    python -m mvd.identity bulldog 7 --model runs/my-dog
+    python -m mvd.metrics.identity bulldog 7 --model runs/my-dog
     python distill.py "[v] bulldog" --model runs/my-dog --out runs/my-dog-3d
-    python -m mvd.identity bulldog 7 --run runs/my-dog-3d
+    python -m mvd.metrics.identity bulldog 7 --run runs/my-dog-3d
 """
 from pathlib import Path
 
 import torch
 
-from . import cli, metrics, sdf, toyworld
-from .animals import BLACK, PAINTS
-from .cameras import orbit
-from .device import choose_device, choose_dtype
-from .errors import UserError
-from .metrics import SIZE, Cameras
-from .model import MVDream
-from .pictures import grid, save_png
-from .toyworld import ACCESSORIES, SUBJECTS
+from ..tools import cli
+from . import judge as metrics
+from ..toyworld import tracer as sdf, world as toyworld
+from ..toyworld.animals import BLACK, PAINTS
+from ..cameras import orbit
+from ..tools.device import choose_device, choose_dtype
+from ..tools.errors import UserError
+from .judge import SIZE, Cameras
+from ..model import MVDream
+from ..tools.pictures import grid, save_png
+from ..toyworld.world import ACCESSORIES, SUBJECTS
 
 INSTANCES = 64
 PHOTOS = (-60.0, -30.0, 0.0, 30.0, 60.0)         # azimuths, degrees: nobody photographs the back
@@ -145,7 +147,7 @@ def report(label, views, name, seed, cameras, accessory=None):
 
 def main():
     """The command: write photos of a subject, or judge samples or an object. Raises UserError."""
-    parser = cli.Parser(prog="python -m mvd.identity", description=__doc__.split("\n")[0])
+    parser = cli.Parser(prog="python -m mvd.metrics.identity", description=__doc__.split("\n")[0])
     parser.add_argument("subject", choices=tuple(SUBJECTS), metavar="class", help="what the subject is, such as bulldog")
     parser.add_argument("instance", type=int, choices=range(INSTANCES), metavar="N", help=f"which of its {INSTANCES} instances")
     parser.add_argument("--photos", help="folder to write the five photos to")

@@ -29,13 +29,15 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from . import cli, clip, sdf, toyworld
-from .cameras import orbit
-from .device import choose_device, choose_dtype
-from .errors import UserError
-from .files import read_safetensors
-from .model import MVDream
-from .toyworld import ACCESSORIES, COLOURS, ORIENTED, SUBJECTS, Thing
+from ..tools import cli
+from . import clip
+from ..toyworld import tracer as sdf, world as toyworld
+from ..cameras import orbit
+from ..tools.device import choose_device, choose_dtype
+from ..tools.errors import UserError
+from ..tools.files import read_safetensors
+from ..model import MVDream
+from ..toyworld.world import ACCESSORIES, COLOURS, ORIENTED, SUBJECTS, Thing
 
 SIZE = 32                                        # pixels, at which everything is compared: a wrong accessory costs 3 times the
                                                  # right one's error there, as at 48, and drawing takes half the time
@@ -385,7 +387,3 @@ def main():
     print("".join(f"{name:>15}" for name in reports[0]))
     for line in reports:
         print("".join(f"{'-' if v is None else f'{v:.3f}' if isinstance(v, float) else v:>15}" for v in line.values()))
-
-
-if __name__ == "__main__":
-    cli.main(main)

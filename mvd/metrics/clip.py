@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from . import checkpoint
-from .text import tokenizer
+from ..tools import checkpoint
+from ..text import tokenizer
 
 CLIP = "ViT-B-32", "laion/CLIP-ViT-B-32-laion2B-s34B-b79K", "open_clip_model.safetensors"       # its shape, and where it is
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from .cameras import rays
+from ..cameras import rays
 from .solids import distance, take
 
 REACH = math.sqrt(3) / 2                     # the cube's half diagonal: nothing is farther from the origin
