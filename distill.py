@@ -20,6 +20,7 @@ from mvd.tools.device import (GraphedStep, can_compile, choose_device, choose_dt
                         side_stream, tune)
 from mvd.tools.errors import UserError
 from mvd.tools.files import write_safetensors
+from mvd.tools.vocabulary import known_part
 from mvd.model import MVDream
 from mvd.tools.page import write_page
 from mvd.sds import Settings
@@ -146,7 +147,7 @@ def main():
     for low, high in (("coarsest", "finest"), ("t_min", "t_max")):
         if getattr(s, low) > getattr(s, high):
             raise UserError(f"--{low.replace('_', '-')} {getattr(s, low)} is above --{high.replace('_', '-')} {getattr(s, high)}")
-    prompts = [model.text.known_part(p) for p in (s.prompt, s.negative)]         # all unknown: the end
+    prompts = [known_part(p, model.config.text) for p in (s.prompt, s.negative)]         # all unknown: the end
     out = run.open_run(s.out, asdict(s), s.resume, f"runs/{run.slug(s.prompt)}{'-2d' if s.mode == '2d' else ''}", ("save_every", "compile"))
     state = run.last_checkpoint(out) if s.resume else None
     nerf, occupancy, done = distill(s, prompts, model, out, state)

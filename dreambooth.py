@@ -28,7 +28,8 @@ from mvd.tools.masters import MasterAdamW, learning_rate
 from mvd.model import MVDream
 from mvd.tools.page import write_page
 from mvd.tools.pictures import grid, save_curve, save_png
-from mvd.text import check_identifier, name_subject, words_of
+from mvd.text import tokenizer
+from mvd.tools.vocabulary import check_identifier, known_part, name_subject, words_of
 
 
 @dataclass
@@ -114,7 +115,7 @@ def finetune(model, moments, tokens, contexts, plain, s, out, state=None, show=N
     state: what the checkpoint held, or None. show(step) draws pictures.
     """
     device, scale = model.device, model.config.vae.scale_factor
-    table = model.text.tower.token_embedding                                     # .weight [rows, D]
+    table = model.text.token_embedding                                     # .weight [rows, D]
     groups = [(model.unet, s.lr, s.weight_decay)] + [(table, s.identifier_lr, 0.0)] * bool(s.identifier_lr)
     for module, *_ in groups:
         module.requires_grad_(True)
@@ -122,7 +123,7 @@ def finetune(model, moments, tokens, contexts, plain, s, out, state=None, show=N
     theta0 = [w.clone() for w in adam.weights]
     of_unet = slice(len(list(model.unet.parameters())))
     own_rows = torch.zeros(len(table.weight), 1, device=device)
-    own_rows[model.text.rows_of(s.identifier)] = 1
+    own_rows[model.text.word_rows(s.identifier)] = 1
     beside = 1 - own_rows[tokens]                                                # [W, L, 1]: 0 at [v], 1 elsewhere, on the padding too,
                                                                                  # which the UNet attends to as to any token
     start = 0
@@ -195,12 +196,12 @@ def main(argv=None):
     device = choose_device(s.device)
     model = MVDream.load(s.model, device)
     s = cli.parse(Settings, argv, __doc__, defaults=model.config.dreambooth)     # a flag counts more than the model's header
-    check_identifier(model.text, s.identifier)
+    check_identifier(s.identifier, model.config.text, tokenizer().encode(s.identifier))
     model.config.text.identifier = s.identifier
     short = s.prompt[s.prompt.lower().index("[v]"):]
     wordings = [s.prompt, short, short + model.config.suffix] if s.wordings else [s.prompt]
-    prompts = [model.text.known_part(p) for p in wordings]
-    plain = [model.text.known_part(name_subject(p, "").strip()) for p in wordings] + [""]
+    prompts = [known_part(p, model.config.text) for p in wordings]
+    plain = [known_part(name_subject(p, "").strip(), model.config.text) for p in wordings] + [""]
     names, rgba = photos.load(s.photos, model.config.size)
     out = run.open_run(s.out, {**asdict(s), "files": names}, s.resume, may_change=("sample_every", "save_every"))
     state = run.last_checkpoint(out) if s.resume else None

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from mvd.tools import cli, run
 from mvd.tools.device import choose_device, choose_dtype
 from mvd.tools.errors import UserError
+from mvd.tools.vocabulary import known_part
 from mvd.model import MVDream
 from mvd.tools.pictures import grid, save_png
 
@@ -48,7 +49,7 @@ def main():
         raise UserError('the prompt is empty: say what to draw, for example "a bulldog wearing a crown"')
     device = choose_device(s.device)
     model = MVDream.load(s.model, device, choose_dtype(s.dtype, device))
-    prompt = model.text.known_part(s.prompt)                                              # all unknown: the end, whatever the suffix
+    prompt = known_part(s.prompt, model.config.text)                                              # all unknown: the end, whatever the suffix
     out = s.out or f"samples/{run.slug(s.prompt)}.png"
     run.make_folder(out)
     start = time.time()

@@ -25,7 +25,7 @@ from mvd.tools.masters import MasterAdamW, learning_rate
 from mvd.model import PRESETS, MVDream
 from mvd.tools.page import write_page
 from mvd.tools.pictures import grid, save_curve, save_png
-from mvd.text import IDENTIFIERS, words_of
+from mvd.tools.vocabulary import IDENTIFIERS, words_of
 
 
 @dataclass

@@ -12,6 +12,7 @@ from . import cameras, diffusion, weights
 from .tools import checkpoint
 from .tools.device import GraphedStep, side_stream, untuned
 from .tools.errors import UserError
+from .tools.vocabulary import known_part
 from .tools.files import write_atomic, write_safetensors
 from .text import TextConfig, TextTower
 from .unet import MultiViewUNet, UNetConfig, camera_mlp
@@ -202,7 +203,7 @@ class MVDream(nn.Module):
             raise UserError(f"the size is {size} pixels, but must be a multiple of {self.size_multiple}")
         camera = None
         if mode == "3d":
-            prompts = [self.text.known_part(p) + config.suffix for p in prompts]  # before the suffix, of which it knows all
+            prompts = [known_part(p, self.config.text) + config.suffix for p in prompts]  # before the suffix, of which it knows all
             azimuths = azimuth + torch.arange(views) * span / views
             camera = cameras.camera_numbers(cameras.orbit(elevation, azimuths)).to(device)                    # [V, 16]
             camera = camera.repeat(2 * len(prompts), 1, 1)       # the unconditional half keeps it (MVDream, appendix)

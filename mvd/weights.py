@@ -42,8 +42,11 @@ LDM_VAE = [
     (".mid.block_2.", ".middle.2."), (".middle.1.q.", ".middle.1.query."), (".middle.1.k.", ".middle.1.key."),
     (".middle.1.v.", ".middle.1.value."), (".middle.1.proj_out.", ".middle.1.out."),
 ]
-LDM_TEXT = [(name, "tower." + name) for name in ("transformer.", "token_embedding.", "positional_embedding", "ln_final.",
-                                                 "text_projection")]
+LDM_TEXT = [
+    ("transformer.resblocks.#.", "blocks.#."), ("ln_final.", "norm_out."), (".ln_#.", ".norm#."), (".attn.in_proj_", ".qkv."),
+    (".attn.out_proj.", ".out."), (".mlp.c_fc.", ".feed_in."), (".mlp.c_proj.", ".feed_out."),
+]
+OLDER_TEXT = [("tower.", "")]                     # files of ours from when the tower was open_clip's; then LDM's names
 LDM = {"unet": ("model.diffusion_model.", LDM_UNET), "vae": ("first_stage_model.", LDM_VAE),
        "text": ("cond_stage_model.model.", LDM_TEXT)}                           # the file's prefix of a part, and its rules
 
@@ -164,7 +167,7 @@ def convert(state_dict):
             raise UserError(f"{name!r} is a tensor of {kind}; mvd reads MVDream and Stable Diffusion 2")
     blocks = most(state_dict, r"unet\.down_blocks\.\d+\.resnets\.(\d+)")
     levels = most(state_dict, r"vae\.decoder\.up_blocks\.(\d+)")
-    rules = {"unet": diffusers_unet(blocks) + LDM_UNET, "vae": diffusers_vae(levels) + LDM_VAE, "text": DIFFUSERS_TEXT + LDM_TEXT}
+    rules = {"unet": diffusers_unet(blocks) + LDM_UNET, "vae": diffusers_vae(levels) + LDM_VAE, "text": OLDER_TEXT + DIFFUSERS_TEXT + LDM_TEXT}
     ignored = re.compile("|".join([*IGNORED, *(f"{name}$" for name in schedule_buffers())]))
     parts = {part: {} for part in LDM}
     for name, tensor in state_dict.items():
@@ -183,8 +186,8 @@ def convert(state_dict):
             tensor = tensor[:, :, None, None]                                   # linear in diffusers, a 1x1 convolution here
         parts[part][ours] = tensor
     text = parts["text"]
-    for joined in {re.sub(r"\.[qkv]_proj\.", ".in_proj_", name): None for name in text if re.search(r"\.[qkv]_proj\.", name)}:
-        apart = [joined.replace(".in_proj_", f".{letter}_proj.") for letter in "qkv"]
+    for joined in {re.sub(r"\.attn\.[qkv]_proj\.", ".qkv.", name): None for name in text if re.search(r"\.[qkv]_proj\.", name)}:
+        apart = [joined.replace(".qkv.", f".attn.{letter}_proj.") for letter in "qkv"]
         if missing := [name for name in apart if name not in text]:
             raise UserError(f"the tensor text.{missing[0]} is missing")
         common = statistics.mode(text[name].shape for name in apart)
@@ -232,15 +235,15 @@ def sizes(parts):
         channel_mult=tuple(width("vae", f"encoder.down.{i}.blocks.0", "conv1.bias", "norm2.weight", "norm2.bias") // channels
                            for i in range(most(vae, r"encoder\.down\.(\d+)"))),
         num_res_blocks=most(vae, r"encoder\.down\.0\.blocks\.(\d+)"))
-    if (rows := size("text", "tower.token_embedding.weight")) != 49408:
-        raise UserError(f"the tensor text.tower.token_embedding.weight has {rows} rows, but CLIP's vocabulary has 49408; a model that "
+    if (rows := size("text", "token_embedding.weight")) != 49408:
+        raise UserError(f"the tensor text.token_embedding.weight has {rows} rows, but CLIP's vocabulary has 49408; a model that "
                         "knows fewer words needs the header that mvd writes")
-    columns, layers = width("text", "tower.ln_final", "weight", "bias"), most(text, r"tower\.transformer\.resblocks\.(\d+)")
-    whole = bool({"tower.text_projection", "logit_scale"} & text.keys())
+    columns, layers = width("text", "norm_out", "weight", "bias"), most(text, r"blocks\.(\d+)")
+    whole = bool({"text_projection", "logit_scale"} & text.keys())
     text_config = TextConfig(
         width=columns, heads=columns // 64, layers=layers, unused_layers=int(whole or layers == TextConfig.layers),
-        output_dim=size("text", "tower.text_projection", 1) if whole else None,
-        context_length=size("text", "tower.positional_embedding"))
+        output_dim=size("text", "text_projection", 1) if whole else None,
+        context_length=size("text", "positional_embedding"))
     if unet_config.in_channels != vae_config.z_channels:
         raise UserError(f"the UNet takes {unet_config.in_channels} channels and the VAE gives {vae_config.z_channels}: a model for "
                         "inpainting or upscaling, perhaps; mvd reads MVDream and Stable Diffusion 2")

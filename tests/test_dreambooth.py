@@ -15,7 +15,7 @@ from mvd.tools import cli, run
 from mvd.tools.errors import UserError
 from mvd.tools.files import write_safetensors
 from mvd.tools.masters import learning_rate
-from mvd.text import IDENTIFIERS
+from mvd.tools.vocabulary import IDENTIFIERS
 from scripts import Killed, killed_after, saved_model
 from test_model import small_config
 
@@ -100,7 +100,7 @@ def test_a_step_is_adamw_on_every_loss(folder, tmp_path, of_class, identifier_lr
     assert dreambooth.finetune(model, moments, tokens, before, plain_context, s, tmp_path) == 2
     parameters = [p for name, p in plain.named_parameters() if not name.startswith("camera_mlp")]
     theta0, count = [p.detach().clone() for p in parameters], sum(p.numel() for p in plain.parameters())
-    table, (row,) = text.tower.token_embedding.weight, text.rows_of("phol")
+    table, (row,) = text.token_embedding.weight, text.word_rows("phol")
     word = table[row].clone().requires_grad_(True)
     adam = torch.optim.AdamW([{"params": parameters, "lr": 1e-3, "weight_decay": 0.01},
                               {"params": [word], "lr": identifier_lr, "weight_decay": 0.0}])
@@ -121,7 +121,7 @@ def test_a_step_is_adamw_on_every_loss(folder, tmp_path, of_class, identifier_lr
             loss = loss + of_class * (plain(x_t, t, plain_context[wording]) - frozen(x_t, t, plain_context[wording])).square().mean()
         z, wording = photos(2)
         spelled = torch.where(torch.arange(len(table))[:, None] == row, word, table)
-        context = torch.func.functional_call(text, {"tower.token_embedding.weight": spelled}, (tokens[wording],))
+        context = torch.func.functional_call(text, {"token_embedding.weight": spelled}, (tokens[wording],))
         loss = loss + diffusion.loss(plain, z, context)
         changed = (context - before[wording]).square().sum(2)[tokens[wording] != row]                          # all but "phol"
         loss = loss + of_text * changed.sum() / context.numel()
@@ -131,7 +131,7 @@ def test_a_step_is_adamw_on_every_loss(folder, tmp_path, of_class, identifier_lr
     pairs = zip(model.unet.parameters(), plain.parameters())
     off = torch.cat([(p - q).detach().abs().flatten() for p, q in pairs])
     assert (off < 1e-5).float().mean() > 0.9999                                  # but for a sign that rounding turned
-    learned = model.text.tower.token_embedding.weight
+    learned = model.text.token_embedding.weight
     torch.testing.assert_close(learned[row], word.detach(), rtol=0, atol=1e-5)
     moved = (learned != table).any(1)
     assert moved.sum() == (identifier_lr > 0) and not moved[torch.arange(len(table)) != row].any()
@@ -173,7 +173,7 @@ def test_the_rates_fall_along_the_cosine(folder, tmp_path):
     for cosine in (False, True):
         model = MVDream.load(folder / "small.safetensors")
         s = dreambooth.Settings("", PROMPT, steps=4, batch=2, lr=1e-3, weight_decay=0.0, cosine=cosine, identifier_lr=1e-2)
-        weights = model.unet.conv_out.weight, model.text.tower.token_embedding.weight
+        weights = model.unet.conv_out.weight, model.text.token_embedding.weight
         before = [w.detach().clone() for w in weights]
         tokens, contexts, plain = model.text.tokenize(["a phol bulldog"]), model.embed(["a phol bulldog"]), model.embed(["a bulldog"])
         torch.manual_seed(0)
@@ -290,7 +290,7 @@ def test_pictures_are_drawn_between_captured_steps(start, folder, tmp_path, monk
     assert len(list((tmp_path / "out" / "progress").iterdir())) == 3
     before, after = (MVDream.load(path).state_dict() for path in (folder / "small.safetensors", tmp_path / "out"))
     changed = [name for name in before if not name.startswith("unet.") and not torch.equal(before[name].half(), after[name].half())]
-    assert changed == (["text.tower.token_embedding.weight"] if flags else [])
+    assert changed == (["text.token_embedding.weight"] if flags else [])
 
 
 @pytest.mark.gpu

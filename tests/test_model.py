@@ -8,7 +8,7 @@ from mvd import MVDream, cameras
 from mvd.tools.errors import UserError
 from mvd.tools.files import read_safetensors, write_safetensors
 from mvd.model import PRESETS
-from mvd.text import IDENTIFIERS
+from mvd.tools.vocabulary import IDENTIFIERS
 
 
 def small_config():

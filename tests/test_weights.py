@@ -61,8 +61,8 @@ def test_each_of_the_1244_released_tensors_is_mapped_once_or_ignored_on_purpose(
 def test_each_diffusers_tensor_is_mapped_once(full):
     names = flat({part: RELEASED[part] for part in PREFIXES})
     parts = weights.convert(meta(names))
-    for part, lacking in (("unet", "camera_mlp."), ("vae", "none"), ("text", ("logit_scale", "tower.text_projection",
-                                                                             "tower.transformer.resblocks.23."))):
+    for part, lacking in (("unet", "camera_mlp."), ("vae", "none"), ("text", ("logit_scale", "text_projection",
+                                                                             "blocks.23."))):
         ours = {name: t.shape for name, t in getattr(full, part).state_dict().items() if not name.startswith(lacking)}
         assert {name: t.shape for name, t in parts[part].items()} == ours
     unet, vae, text = weights.sizes(parts)
@@ -124,7 +124,7 @@ def test_every_layout_gives_the_same_model(released):
     ours, whole, cut, repackaged = variants(released)
     for tensors in whole.values():
         assert_same(weights.convert(tensors), ours)
-    text = {name: t for name, t in ours["text"].items() if name not in ("logit_scale", "tower.text_projection") and ".2." not in name}
+    text = {name: t for name, t in ours["text"].items() if name not in ("logit_scale", "text_projection") and ".2." not in name}
     assert_same(weights.convert(repackaged), {**ours, "text": text})
     unet = {name: t for name, t in ours["unet"].items() if not name.startswith("camera_mlp.")}
     for tensors in cut.values():
@@ -199,7 +199,7 @@ def test_other_models_are_recognised_by_a_tensor_that_is_named(name, shape, word
 def test_a_lost_or_misshapen_third_of_a_projection_is_named(released, letter):
     tensors = flat(to_diffusers(released))
     name = f"text_encoder.text_model.encoder.layers.1.self_attn.{letter}_proj.weight"
-    ours = rf"text.tower.transformer.resblocks.1.attn.{letter}_proj.weight"
+    ours = rf"text.blocks.1.attn.{letter}_proj.weight"
     with pytest.raises(UserError, match=rf"{ours} has shape \[7, 5\]"):
         weights.convert({**tensors, name: torch.zeros(7, 5)})
     del tensors[name]
