@@ -1,264 +1,491 @@
-"""Train MVDream: from nothing, first the autoencoder, then the UNet with the text tower; or the UNet from Stable Diffusion (§3.2).
+"""Train MVDream: from nothing, first the autoencoder, then the UNet with the text tower (§3.2).
 
     python -m mvd.toyworld --out data/toy --objects 3600 --images 14400
     python train.py --data data/toy --out runs/tiny
     python train.py --data data/toy256 --out runs/mvdream --init sd21
     python train.py --data data/toy --out runs/decoder --init tiny --vae-steps 2500 --steps 0
 
-As in the paper, --init keeps the text tower and the autoencoder as they are, and the UNet learns, with its new camera MLP; the decoder
-learns, too, before it, if --vae-steps asks for it, but never the encoder, whose latents the UNet knows. A batch is multi-view with
-probability 0.7, else single images in 2D mode. On a GPU the whole training step is one CUDA graph. Ctrl-C or a kill loses at most
---save-every steps: the same command with --resume goes on.
+Or from a model, with --init: then, as in the paper, the text tower and the autoencoder stay, and
+the UNet learns, with its new camera MLP. With --vae-steps the decoder learns, too, before the
+UNet; never the encoder, whose latents the UNet knows.
+
+A batch is multi-view with probability 0.7, else single images in 2D mode. On a GPU a training step
+is one CUDA graph. Ctrl-C or a kill loses at most --save-every steps: the same command with
+--resume goes on.
 """
 import copy
 import random
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 import torch
 from tqdm import tqdm
 
-from mvd.tools import cli, run
-from mvd import data, diffusion
-from mvd.tools.device import GraphedStep, choose_device, random_state, set_random_state, side_stream, tune
-from mvd.tools.errors import UserError
-from mvd.tools.masters import MasterAdamW, learning_rate
+from mvd import data, diffusion, presets
+from mvd.cameras import VIEWS
 from mvd.model import PRESETS, MVDream
+from mvd.tools import cli, run
+from mvd.tools.cli import setting
+from mvd.tools.device import (
+    GraphedStep,
+    choose_device,
+    load_optimizer,
+    random_state,
+    set_random_state,
+    side_stream,
+    tune_cuda,
+)
+from mvd.tools.errors import UserError
+from mvd.tools.optimizer import adamw, autocast, learning_rate, set_rates, swapped_in
 from mvd.tools.page import write_page
-from mvd.tools.pictures import grid, save_curve, save_png
+from mvd.tools.pictures import grid, save_png
 from mvd.tools.vocabulary import IDENTIFIERS, words_of
+
+# MVDream §3.2: the share of multi-view batches.
+MULTIVIEW_SHARE = 0.7
+# The share of texts that are left out, for guidance.
+UNCONDITIONAL_SHARE = 0.1
+# Weight of the autoencoder's KL divergence, per number of the latents.
+KL_WEIGHT = 1e-4
+LOG_EVERY = 100
+GO_ON = "go on with the same command and --resume"
 
 
 @dataclass
-class Settings:
-    """The flags; FROM_INIT holds what --init changes of the defaults."""
-    data: str = field(default="data/toy", metadata={"help": "folder of rendered sets and images (python -m mvd.toyworld)"})
-    out: str = field(default="runs/tiny", metadata={"help": "folder for the model, pictures, log and checkpoint"})
-    preset: str = field(default="tiny", metadata={"help": "sizes of the networks", "choices": tuple(PRESETS)})
-    init: str = field(default="", metadata={"help": "start from tiny, mvdream-sd21, sd21, or the path of a checkpoint, whatever --preset says"})
-    vae_steps: int = field(default=4000, metadata={"help": "training steps of the autoencoder; with --init, of its decoder alone, and 0 "
-                                                           "unless given", "min": 0})
-    steps: int = field(default=16000, metadata={"help": "training steps of the UNet and, without --init, the text tower; 0: only the decoder "
-                                                         "learns (needs --init)", "min": 0})
-    batch: int = field(default=64, metadata={"help": "multi-view sets in a batch; an image batch has four times as many pictures",
-                                                "min": 1})
-    vae_lr: float = field(default=1e-3, metadata={"help": "peak learning rate of the autoencoder", "min": 0})
-    vae_batch: int = field(default=32, metadata={"help": "pictures in a batch of the autoencoder", "min": 4})
-    lr: float = field(default=6e-4, metadata={"help": "peak learning rate, reached after a warm-up and then let down along a cosine",
-                                                "min": 0})
-    copies: int = field(default=3, metadata={"help": "how often every object is encoded, each time on another grey", "min": 1})
-    ema: float = field(default=0.999, metadata={"help": "decay of the averaged weights, which are the result", "min": 0, "max": 1})
-    sample_every: int = field(default=2500, metadata={"help": "steps between sample grids", "min": 1})
-    save_every: int = field(default=2500, metadata={"help": "steps between checkpoints", "min": 1})
-    device: str = field(default="auto", metadata={"help": "cuda, mps or cpu; auto takes the best"})
-    seed: int = field(default=0, metadata={"help": "of everything random", "min": 0, "max": 2 ** 63 - 2})
-    resume: bool = field(default=False, metadata={"help": "go on from the checkpoint in --out"})
+class TrainSettings:
+    """The flags; a preset (`presets.py`) or --init changes some defaults."""
+    data: str = setting("data/toy", "folder of rendered sets and images (python -m mvd.toyworld)")
+    out: str = setting("runs/tiny", "folder for the model, pictures, log and checkpoint")
+    preset: str = setting("tiny", "sizes of the networks", choices=tuple(PRESETS))
+    init: str = setting(
+        "",
+        "start from tiny, mvdream-sd21, sd21, or the path of a checkpoint, whatever --preset says",
+    )
+    vae_steps: int = setting(
+        4000, "training steps of the autoencoder; with --init, of its decoder alone", min=0
+    )
+    steps: int = setting(
+        16000,
+        "training steps of the UNet and, without --init, the text tower; 0: only the decoder "
+        "learns (needs --init)",
+        min=0,
+    )
+    views: int = setting(VIEWS, "views of a multi-view set", min=1, max=64)
+    batch: int = setting(
+        64, "multi-view sets in a batch; an image batch has as many pictures", min=1
+    )
+    vae_lr: float = setting(1e-3, "peak learning rate of the autoencoder", min=0)
+    vae_batch: int = setting(32, "pictures in a batch of the autoencoder", min=4)
+    lr: float = setting(6e-4, "peak learning rate: after a warm-up, before a cosine decay", min=0)
+    copies: int = setting(
+        3, "how often every object is encoded, each time on another grey", min=1
+    )
+    ema: float = setting(
+        0.999, "decay of the averaged weights, which are the result", min=0, max=1
+    )
+    sample_every: int = setting(
+        2500, "steps between sample grids; a shorter run draws none", min=1
+    )
+    save_every: int = setting(2500, "steps between checkpoints", min=1)
+    device: str = setting("auto", "cuda, mps or cpu; auto takes the best")
+    seed: int = setting(0, "of everything random", min=0, max=2**63 - 2)
+    resume: bool = setting(False, "go on from the checkpoint in --out")
 
 
-FROM_INIT = dict(batch=4, lr=1e-5, vae_steps=0, vae_batch=8, vae_lr=1e-4)  # defaults with --init, for 256² and weights that know much
-MULTIVIEW_SHARE = 0.7          # MVDream §3.2
-UNCONDITIONAL_SHARE = 0.1      # text dropout, for guidance
-KL_WEIGHT = 1e-4               # of the autoencoder's latents, a number of the latent
-LOG_EVERY = 100
+# Defaults with --init, for 256² pixels and weights that know much.
+FROM_INIT = dict(batch=4, lr=1e-5, vae_steps=0, vae_batch=8, vae_lr=1e-4)
 
+
+def default_settings(flags):
+    """What --init or the preset changes of the defaults."""
+    if flags.init:
+        return "--init (FROM_INIT in train.py)", FROM_INIT
+    if flags.preset not in PRESETS:
+        return "", {}  # the parser will say so
+    return presets.settings_for("train", PRESETS[flags.preset].model)
+
+
+# ---- the losses ------------------------------------------------------------------------------
 
 def vae_loss(vae, images):
-    """Absolute and squared error of the pixels, and the KL divergence of the latents to N(0, I) (Rombach et al. 2022, §3.1)."""
+    """Pixel errors, absolute and squared, and the KL divergence of the latents to N(0, I).
+
+    Rombach et al. 2022, §3.1. images [N, 3, H, W] in [-1, 1].
+    """
     mean, logvar = vae.encode(images)
-    error = vae.decode(mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)).float() - images
-    kl = 0.5 * (mean.float() ** 2 + logvar.float().exp() - 1 - logvar.float()).mean()
-    return error.abs().mean() + 5 * (error ** 2).mean() + KL_WEIGHT * kl
+    z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
+    error = vae.decode(z).float() - images
+    mean, logvar = mean.float(), logvar.float()
+    kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+    return error.abs().mean() + 5 * (error**2).mean() + KL_WEIGHT * kl
 
 
 def diffusion_loss(model, z, tokens, camera, no_tokens):
-    """MVDream eq. 2, with a tenth of the texts left out. z [B, V, c, h, w] unscaled, tokens [B, L], camera [B, V, 16] or None."""
+    """MVDream eq. 2, with a tenth of the texts left out.
+
+    z [B, V, c, h, w] unscaled, tokens [B, L], camera [B, V, 16] or None, no_tokens [1, L]: the
+    empty text.
+    """
     drop = torch.rand(len(z), 1, device=z.device) < UNCONDITIONAL_SHARE
     context = model.text(torch.where(drop, no_tokens, tokens))
-    return diffusion.loss(model.unet, model.config.vae.scale_factor * z, context, camera)
+    scaled = model.config.vae.scale_factor * z
+    return diffusion.denoising_loss(model.unet, scaled, context, camera)
 
 
-def fit(phase, model, module, losses, shares, first, steps, peak_lr, s, out, state, show):
-    """AdamW on `module` with an average of its weights, which it holds at the end.
+# ---- the loop --------------------------------------------------------------------------------
 
-    On a GPU the module works in bfloat16 (`masters.py`).
-    losses: {name: function that draws a batch and returns its loss}; each step takes one of them with probability `shares`.
-    first: the steps of earlier phases, for the log. state: a checkpoint of this phase to go on from, or None. show(step) draws
-    pictures, with the averaged weights in place.
+@dataclass
+class Phase:
+    """What one run of the loop trains."""
+    name: str             # "vae" or "unet"
+    module: torch.nn.Module
+    losses: dict          # {name: function that draws a batch and returns its loss []}
+    shares: list          # the probability of each
+    steps: int
+    peak_lr: float
+    first: int            # steps of earlier phases, for the log
+    show: object          # show(step) draws pictures, with the averaged weights in place
+
+
+def fit(phase, model, s, out, state=None):
+    """AdamW on phase.module with an average of its weights, which it holds at the end.
+
+    Each step takes one of the losses, by chance. s: TrainSettings; state: a checkpoint of this
+    phase to go on from.
     """
     device = model.device
-    adam = MasterAdamW([(module, peak_lr, 0.01)], betas=(0.9, 0.99))
-    average = [w.clone() for w in adam.weights]
-    renewal = torch.tensor(0.0, device=device)                                   # of the average; a graph reads it
-    start, choice = 0, random.Random(s.seed)
+    weights = list(phase.module.parameters())
+    optimizer = adamw([(weights, phase.peak_lr, 0.01)], betas=(0.9, 0.99))
+    average = [w.detach().clone() for w in weights]
+    renewal = torch.tensor(0.0, device=device)  # of the average; a CUDA graph reads it
+    choice = random.Random(s.seed)
+    kinds = range(len(phase.losses))
+    start = 0
     if state:
         start = state["step"]
-        adam.load_state_dict(state)
+        phase.module.load_state_dict(state["module"])
+        load_optimizer(optimizer, state["optimizer"])
         torch._foreach_copy_(average, [saved.to(device) for saved in state["average"]])
         set_random_state(state["random"])
-        choice.choices(range(len(losses)), shares, k=start)                      # skip the draws of the steps that are done
+        choice.choices(kinds, phase.shares, k=start)  # skip the choices of the steps that are done
 
     def train_step(loss_fn):
-        loss = loss_fn()
-        adam.backward(loss)                                                      # a 2D batch leaves the camera's weights alone
-        torch.nn.utils.clip_grad_norm_(adam.weights, 1.0)
-        adam.step()
-        step_to_average = torch._foreach_sub(adam.weights, average)
-        torch._foreach_mul_(step_to_average, renewal)
-        torch._foreach_add_(average, step_to_average)
+        with autocast(device):
+            loss = loss_fn()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # a 2D batch gives the camera MLP no gradient
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        update_average(average, weights, renewal)
         return loss.detach()
 
-    def checkpoint(step):
-        run.save_checkpoint(out / "checkpoint.safetensors", {
-            "phase": phase, "step": step, **adam.state_dict(), "average": average, "vae": model.vae.state_dict(),
-            "random": random_state()})
+    steppers = [GraphedStep(lambda f=f: train_step(f), device) for f in phase.losses.values()]
+    log = Means(list(phase.losses), device)
 
-    steppers = [GraphedStep(lambda f=f: train_step(f), device) for f in losses.values()]
-    sums, counts = torch.zeros(len(losses), device=device), [0] * len(losses)
     with cli.interrupt_flag() as interrupted, side_stream(device):
-        bar = tqdm(range(start, steps), initial=start, total=steps, desc=phase)
+        bar = tqdm(range(start, phase.steps), initial=start, total=phase.steps, desc=phase.name)
         for step in bar:
-            adam.lr[0].fill_(learning_rate(step, steps, peak_lr))
-            renewal.fill_(max(1 - s.ema, 9 / (10 + step)))                       # at first the average forgets faster
-            kind = choice.choices(range(len(losses)), shares)[0]
-            sums[kind] += steppers[kind]()
-            counts[kind] += 1
+            rate = learning_rate(step, phase.steps, phase.peak_lr)
+            set_rates(optimizer, rate)
+            renewal.fill_(max(1 - s.ema, 9 / (10 + step)))  # at first it forgets faster
+            kind = choice.choices(kinds, phase.shares)[0]
+            log.add(kind, steppers[kind]())
             done = step + 1
-            if done % LOG_EVERY == 0 or done == steps:
-                means = {name: total / n for name, total, n in zip(losses, sums.tolist(), counts) if n}
-                run.log(out / "log.jsonl", phase=phase, step=first + done, lr=adam.lr[0].item(), **means)
+            last = done == phase.steps
+            if done % LOG_EVERY == 0 or last:
+                means = log.take()
+                place = dict(phase=phase.name, step=phase.first + done, lr=rate)
+                run.log(out / "log.jsonl", **place, **means)
                 bar.set_postfix({name: f"{mean:.4f}" for name, mean in means.items()})
-                sums.zero_()
-                counts = [0] * len(losses)
-            if done % s.sample_every == 0 or done == steps:
-                kept = random_state()
-                adam.work_with(average)
-                show(first + done)
-                adam.work_with(adam.weights)
-                set_random_state(kept)
-            if done % s.save_every == 0 or done == steps or interrupted.is_set():
-                checkpoint(done)
+            if done % s.sample_every == 0 or (last and phase.steps > s.sample_every):
+                show(phase, average, phase.first + done)
+            if done % s.save_every == 0 or last or interrupted.is_set():
+                save_state(out, phase, done, model, optimizer, average)
             if interrupted.is_set():
-                print(f"interrupted in phase {phase} after {done} of {steps} steps; go on with the same command and --resume")
+                print(f"interrupted in phase {phase.name} after {done} of {phase.steps} steps")
+                print(GO_ON)
                 raise KeyboardInterrupt
-        adam.finish(average)
+    with torch.no_grad():
+        torch._foreach_copy_(weights, average)
 
+
+@torch.no_grad()
+def update_average(average, weights, renewal):
+    """average += renewal · (weights - average), for lists of tensors."""
+    change = torch._foreach_sub(weights, average)
+    torch._foreach_mul_(change, renewal)
+    torch._foreach_add_(average, change)
+
+
+class Means:
+    """Means of losses between two lines of the log, summed without waiting for the device."""
+
+    def __init__(self, names, device):
+        self.names = names
+        self.sums = torch.zeros(len(names), device=device)
+        self.counts = [0] * len(names)
+
+    def add(self, kind, loss):
+        self.sums[kind] += loss
+        self.counts[kind] += 1
+
+    def take(self):
+        """{name: mean} of the losses that were added since the last time."""
+        means = {}
+        for name, total, count in zip(self.names, self.sums.tolist(), self.counts):
+            if count:
+                means[name] = total / count
+        self.sums.zero_()
+        self.counts = [0] * len(self.names)
+        return means
+
+
+def show(phase, average, step):
+    """Draw the phase's pictures with the averaged weights, and leave no trace in the training."""
+    kept = random_state()
+    weights = list(phase.module.parameters())
+    with swapped_in(weights, average), autocast(average[0].device):
+        phase.show(step)
+    set_random_state(kept)
+
+
+def save_state(out, phase, step, model, optimizer, average):
+    """Write the checkpoint from which --resume goes on."""
+    state = {
+        "phase": phase.name,
+        "step": step,
+        "module": phase.module.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "average": average,
+        "vae": model.vae.state_dict(),
+        "random": random_state(),
+    }
+    run.save_checkpoint(out / run.CHECKPOINT, state)
+
+
+# ---- the two phases --------------------------------------------------------------------------
+
+class Training:
+    """A run: the model, its data, its folder, and the two phases that train it."""
+
+    def __init__(self, s, model, d):
+        """s: TrainSettings; model: MVDream; d: data.Data. Raises UserError for unknown words."""
+        self.s = s
+        self.model = model
+        self.d = d
+        self.out = None  # the run's folder, made when all else is checked
+        self.device = model.device
+        self.sets = d.sets.to(self.device)  # uint8 [N, views, 4, H, W]
+        self.images = d.images.to(self.device)  # uint8 [M, 4, H, W]
+        every = max(1, len(d.image_captions) // 8)
+        self.prompts = [captions[0] for captions in d.image_captions[::every]][:8]
+        text, suffix = model.text, model.config.suffix
+        self.set_tokens = data.token_table(text, d.set_captions, suffix).to(self.device)
+        self.image_tokens = data.token_table(text, d.image_captions).to(self.device)
+        self.no_tokens = text.tokenize([""]).to(self.device)
+
+    def show_page(self, step):
+        """Write the page of the run after so many steps of both phases."""
+        s, progress = self.s, self.out / "progress"
+        newest = {}
+        for kind in ("samples", "vae"):
+            newest[kind] = sorted(progress.glob(f"{kind}_*.png"))[-1:]
+        curves = {"multiview": [], "single": []}
+        for row in run.read_log(self.out / "log.jsonl"):
+            for name, points in curves.items():
+                if row["phase"] == "unet" and name in row:
+                    points.append((row["step"] - s.vae_steps, row[name]))
+        samples = "Samples: a row is two sets of views, each with a picture in 2D mode"
+        figures = {
+            samples: newest["samples"],
+            "Loss": curves,
+            "Pictures, and below them what the autoencoder makes of them": newest["vae"],
+        }
+        total = s.vae_steps + s.steps
+        status = f"{step} of {total} steps"
+        title = f"Training on {s.data}"
+        write_page(self.out, title, status, asdict(s), figures, live=step < total)
+
+    # ---- the autoencoder, or its decoder ----
+
+    def draw_pictures(self, batch, share=0.5):
+        """Three of four from the sets, on random greys, `share` of them in other colours."""
+        n = batch * 3 // 4
+        i, view = data.draw_indices(self.sets.shape[:2], n, self.device)
+        (j,) = data.draw_indices(self.images.shape[:1], batch - n, self.device)
+        pictures = torch.cat([self.sets[i, view], self.images[j]])
+        pictures = data.recolour(pictures, share)
+        grey = torch.rand(batch, device=self.device)
+        return data.on_grey(pictures, grey)
+
+    @torch.no_grad()
+    def show_vae(self, step):
+        """Draw pictures and what the autoencoder makes of them; log how near they are."""
+        torch.manual_seed(self.s.seed)
+        pictures = self.draw_pictures(32, share=0.0)  # in the colours of the data
+        mean, _ = self.model.vae.encode(pictures)
+        decoded = self.model.vae.decode(mean).float().clamp(-1, 1)
+        psnr = -10 * torch.log10(torch.mean((decoded - pictures) ** 2 / 4)).item()
+        run.log(self.out / "log.jsonl", phase="vae", step=step, psnr=psnr)
+        rows = torch.cat([pictures[:8], decoded[:8], pictures[-8:], decoded[-8:]])
+        save_png(self.out / "progress" / f"vae_{step:06d}.png", grid(rows / 2 + 0.5, 8))
+        self.show_page(step)
+
+    def train_vae(self, state):
+        """Phase one. With --init only the decoder learns."""
+        s, vae = self.s, self.model.vae
+        learning = vae
+        if s.init:
+            learning = torch.nn.ModuleList([vae.post_quant_conv, vae.decoder])
+        learning.requires_grad_(True)
+
+        def loss():
+            return vae_loss(vae, self.draw_pictures(s.vae_batch))
+
+        phase = Phase(
+            name="vae", module=learning, losses={"loss": loss}, shares=[1.0],
+            steps=s.vae_steps, peak_lr=s.vae_lr, first=0, show=self.show_vae,
+        )
+        fit(phase, self.model, s, self.out, state)
+
+    # ---- the UNet and the text tower, on latents that are computed once ----
+
+    def encode(self):
+        """The posteriors of all sets [copies, N, n, 2c, h, w] and images [copies, M, 1, 2c, h, w].
+
+        A new model's latents are scaled such that the UNet sees a standard deviation of 1.
+        """
+        vae, copies = self.model.vae, self.s.copies
+        try:
+            sets = data.encode_posteriors(vae, self.sets, copies)
+            images = data.encode_posteriors(vae, self.images[:, None], copies)
+        except KeyboardInterrupt:
+            print(f"interrupted while the pictures were encoded; {GO_ON}")
+            raise
+        if not self.s.init:
+            mean, _ = sets.chunk(2, dim=3)
+            self.model.config.vae.scale_factor = 1 / mean.float().std().item()
+        # Only latents are needed from here on.
+        self.sets = self.images = self.d.sets = self.d.images = None
+        return sets, images
+
+    def show_samples(self, step):
+        """Draw eight sets of views, each with a picture in 2D mode."""
+        s = self.s
+        sets = self.model.sample(self.prompts, views=s.views, steps=25, seed=s.seed)
+        singles = self.model.sample(self.prompts, steps=25, seed=s.seed, views=1, mode="2d")
+        pictures = torch.cat([sets, singles], 1).flatten(0, 1)
+        path = self.out / "progress" / f"samples_{step:06d}.png"
+        save_png(path, grid(pictures, 2 * (s.views + 1)))
+        self.show_page(step)
+
+    def train_unet(self, state):
+        """Phase two. With --init the text tower stays as it is."""
+        s, model = self.s, self.model
+        torch.manual_seed(s.seed + 1)
+        sets, images = self.encode()
+        cameras = self.d.set_cameras.to(self.device)
+
+        def multiview():
+            batch = data.multiview_batch(sets, cameras, self.set_tokens, s.batch, s.views)
+            z, tokens, camera = batch
+            return diffusion_loss(model, z, tokens, camera, self.no_tokens)
+
+        def single():
+            z, tokens = data.image_batch(images, self.image_tokens, s.views * s.batch)
+            return diffusion_loss(model, z, tokens, None, self.no_tokens)
+
+        learning = [model.unet] if s.init else [model.unet, model.text]
+        phase = Phase(
+            name="unet", module=torch.nn.ModuleList(learning),
+            losses={"multiview": multiview, "single": single},
+            shares=[MULTIVIEW_SHARE, 1 - MULTIVIEW_SHARE], steps=s.steps, peak_lr=s.lr,
+            first=s.vae_steps, show=self.show_samples,
+        )
+        fit(phase, model, s, self.out, state)
+
+
+# ---- the command -----------------------------------------------------------------------------
 
 def new_model(preset, d):
-    """A model of random weights that knows the words of the captions."""
-    config = copy.deepcopy(PRESETS[preset])
-    config.text.words = tuple(sorted(set(IDENTIFIERS).union(*(set(words_of(c)) - {","} for captions in (
-        d.set_captions, d.image_captions, [[config.suffix]]) for wordings in captions for c in wordings))))
+    """A model of random weights that knows the words of the captions of d (data.Data)."""
+    config = copy.deepcopy(PRESETS[preset].model)
+    words = set(IDENTIFIERS) | set(words_of(config.suffix))
+    for captions in (*d.set_captions, *d.image_captions):
+        for caption in captions:
+            words.update(words_of(caption))
+    config.text.words = tuple(sorted(words - {","}))
     model = MVDream(config)
-    torch.nn.init.constant_(model.vae.quant_conv.bias[config.vae.z_channels:], -6.0)   # latents start with little noise: learns sooner
+    # Latents start with little noise: the autoencoder learns sooner.
+    logvar_bias = model.vae.quant_conv.bias[config.vae.z_channels :]
+    torch.nn.init.constant_(logvar_bias, -6.0)
     return model
 
 
-def main(argv=None):
-    """The command: a data folder -> `--out` with the model. argv: the flags, or the command line's. Raises UserError; KeyboardInterrupt
-    after Ctrl-C."""
-    s = cli.parse(Settings, argv, __doc__)
+def check_size(s, model, size):
+    """Raise UserError unless the model can learn from pictures of `size` pixels."""
+    wanted = model.config.size
+    fits = size == wanted
     if s.init:
-        s = cli.parse(Settings, argv, __doc__, FROM_INIT)
-    if s.steps == 0 and not (s.init and s.vae_steps):
-        raise UserError("--steps 0 leaves the UNet as it is: name a model with --init, and with --vae-steps how long its decoder learns")
-    device = choose_device(s.device)
-    d = data.load(s.data)
-    torch.manual_seed(s.seed)
-    tune(tf32=True)
-    model = MVDream.load(s.init, device) if s.init else new_model(s.preset, d).to(device)
-    config = model.config
-    size = d.sets.shape[-1]
-    if size % model.size_multiple if s.init else size != config.size:
-        raise UserError(f"{s.data} has pictures of {size} pixels, but this model needs "
-                        f"{f'a multiple of {model.size_multiple}' if s.init else config.size}; make others")
-    if s.init and s.steps:                                                       # what the UNet learns to draw
-        config.size = size
-    model.unet.requires_grad_(True)                                              # what --init loads, it loads for inference
-    set_tokens = data.token_table(model.text, d.set_captions, config.suffix).to(device)
-    image_tokens = data.token_table(model.text, d.image_captions).to(device)
-    no_tokens = model.text.tokenize([""]).to(device)
-    set_cameras = d.set_cameras.to(device)
-    out = run.open_run(s.out, asdict(s), s.resume, may_change=("sample_every", "save_every"))
+        wanted = f"a multiple of {model.size_multiple}"
+        fits = size % model.size_multiple == 0
+    if not fits:
+        raise UserError(
+            f"{s.data} has pictures of {size} pixels, but this model needs {wanted}; make others"
+        )
+
+
+def read_state(s, out):
+    """The checkpoint to go on from, or one of no phase. Truncates the log to it."""
     state = run.last_checkpoint(out) if s.resume else None
-    if state:
-        if state.get("phase") not in ("vae", "unet"):
-            raise UserError(f"{out / 'checkpoint.safetensors'} is not of a training; start anew without --resume, with another --out")
-        model.vae.load_state_dict(state["vae"])
+    if state and state.get("phase") not in ("vae", "unet"):
+        raise UserError(
+            f"{out / run.CHECKPOINT} is not of a training; "
+            "start anew without --resume, with another --out"
+        )
     state = state or {"phase": None, "step": 0}
-    run.truncate_log(out / "log.jsonl", state["step"] + (s.vae_steps if state["phase"] == "unet" else 0) + 1)
-    sets, images = d.sets.to(device), d.images.to(device)                        # uint8 [N, 32, 4, H, W], [M, 4, H, W]
+    before = s.vae_steps if state["phase"] == "unet" else 0
+    run.truncate_log(out / "log.jsonl", before + state["step"] + 1)
+    return state
 
-    def show_page(step):
-        newest = {kind: sorted((out / "progress").glob(f"{kind}_*.png"))[-1:] for kind in ("samples", "vae")}
-        write_page(out, f"Training on {s.data}", f"{step} of {s.vae_steps + s.steps} steps", asdict(s), {
-            "Samples: a row is two sets of four views, each with a picture in 2D mode": newest["samples"], "Loss": [out / "loss.png"],
-            "Pictures, and below them what the autoencoder makes of them": newest["vae"]}, live=step < s.vae_steps + s.steps)
 
-    # ---- the autoencoder, or its decoder ----
-    def draw_pictures(batch, share=0.5):                                         # three of four from the sets, on random greys
-        n = batch * 3 // 4
-        i, view, j = (torch.randint(high, (count,), device=device) for high, count in
-                      ((len(sets), n), (sets.shape[1], n), (len(images), batch - n)))
-        return data.on_grey(data.recolour(torch.cat([sets[i, view], images[j]]), share), torch.rand(batch, device=device))
+def main(argv=None):
+    """The command: a data folder -> `--out` with the model.
 
-    @torch.no_grad()
-    def show_vae(step):
-        torch.manual_seed(s.seed)
-        pictures = draw_pictures(32, share=0.0)                                  # in the colours of the data
-        decoded = model.vae.decode(model.vae.encode(pictures)[0]).float().clamp(-1, 1)
-        psnr = -10 * torch.log10(torch.mean((decoded - pictures) ** 2 / 4)).item()
-        run.log(out / "log.jsonl", phase="vae", step=step, psnr=psnr)
-        rows = torch.cat([pictures[:8], decoded[:8], pictures[-8:], decoded[-8:]])
-        save_png(out / "progress" / f"vae_{step:06d}.png", grid(rows / 2 + 0.5, 8))
-        show_page(step)
+    argv: the flags, or the command line's. Raises UserError; KeyboardInterrupt after Ctrl-C.
+    """
+    s = cli.parse(TrainSettings, argv, __doc__, default_settings)
+    if s.steps == 0 and not (s.init and s.vae_steps):
+        raise UserError(
+            "--steps 0 leaves the UNet as it is: name a model with --init, "
+            "and with --vae-steps how long its decoder learns"
+        )
+    device = choose_device(s.device)
+    d = data.read_folder(s.data, s.views)
+    torch.manual_seed(s.seed)
+    tune_cuda(tf32=True)
+    model = MVDream.load(s.init, device) if s.init else new_model(s.preset, d).to(device)
+    size = d.sets.shape[-1]
+    check_size(s, model, size)
+    if s.init and s.steps:
+        model.config.size = size  # what the UNet learns to draw
+    model.unet.requires_grad_(True)  # what --init loads, it loads for inference
 
+    training = Training(s, model, d)
+    may_change = ("sample_every", "save_every")
+    training.out = out = run.open_run(s.out, asdict(s), s.resume, may_change=may_change)
+    state = read_state(s, out)
+    cli.print_changes(s, default_settings)
+    if state["phase"]:
+        model.vae.load_state_dict(state["vae"])
     if s.vae_steps and state["phase"] != "unet":
-        learning = torch.nn.ModuleList([model.vae.post_quant_conv, model.vae.decoder]) if s.init else model.vae
-        learning.requires_grad_(True)
-        fit("vae", model, learning, {"loss": lambda: vae_loss(model.vae, draw_pictures(s.vae_batch))}, [1.0],
-            0, s.vae_steps, s.vae_lr, s, out, state if state["phase"] == "vae" else None, show_vae)
-
+        training.train_vae(state if state["phase"] == "vae" else None)
     model.vae.requires_grad_(False)
-    prompts = [d.image_captions[i][0] for i in range(0, len(d.image_captions), max(1, len(d.image_captions) // 8))][:8]
-
-    def save():
-        model.save(out / "model.safetensors", torch.float16)
-        print(f"{out / 'model.safetensors'}: python sample.py --model {out / 'model.safetensors'} \"{prompts[0]}\"")
-
-    if s.steps == 0:
-        return save()
-
-    # ---- the UNet and the text tower, on latents that are computed once ----
-    torch.manual_seed(s.seed + 1)
-    try:
-        set_moments = data.moments(model.vae, sets, s.copies)                    # [copies, N, 32, 2c, h, w]
-        image_moments = data.moments(model.vae, images[:, None], s.copies)       # [copies, M, 1, 2c, h, w]
-    except KeyboardInterrupt:
-        print("interrupted while the pictures were encoded; go on with the same command and --resume")
-        raise
-    if not s.init:
-        config.vae.scale_factor = 1 / set_moments.chunk(2, dim=3)[0].float().std().item()    # the UNet sees a standard deviation of 1
-    del sets, images                                                             # only latents are needed from here on
-    d.sets = d.images = None
-
-    def multiview():
-        return diffusion_loss(model, *data.draw_sets(set_moments, set_cameras, set_tokens, s.batch), no_tokens)
-
-    def single():
-        return diffusion_loss(model, *data.draw_images(image_moments, image_tokens, 4 * s.batch), no_tokens)
-
-    def show_samples(step):
-        sets = model.sample(prompts, steps=25, seed=s.seed)                      # [8, 4, 3, H, W]
-        singles = model.sample(prompts, steps=25, seed=s.seed, views=1, mode="2d")
-        save_png(out / "progress" / f"samples_{step:06d}.png", grid(torch.cat([sets, singles], 1).flatten(0, 1), 10))
-        rows = [row for row in run.read_log(out / "log.jsonl") if row["phase"] == "unet"]
-        save_curve(out / "loss.png", {name: [(row["step"] - s.vae_steps, row[name]) for row in rows if name in row]
-                                          for name in ("multiview", "single")}, "step", "loss", log_scale=True)
-        show_page(step)
-
-    trained = torch.nn.ModuleList([model.unet] if s.init else [model.unet, model.text])
-    fit("unet", model, trained, {"multiview": multiview, "single": single}, [MULTIVIEW_SHARE, 1 - MULTIVIEW_SHARE],
-        s.vae_steps, s.steps, s.lr, s, out, state if state["phase"] == "unet" else None, show_samples)
-    save()
+    if s.steps:
+        training.train_unet(state if state["phase"] == "unet" else None)
+    training.show_page(s.vae_steps + s.steps)
+    path = out / "model.safetensors"
+    model.save(path, torch.float16)
+    print(f'{path}: python sample.py --model {path} "{training.prompts[0]}"')
 
 
 if __name__ == "__main__":

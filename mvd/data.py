@@ -1,9 +1,13 @@
 """Training data: rendered multi-view sets and captioned single images, mixed 70/30 (MVDream §3.2).
 
-A data folder holds `index.jsonl`, one line a picture file, with as many captions as one likes (other fields are not read):
-  {"file": "sets/000000.png", "kind": "set", "captions": [...], "elevation": deg, "azimuth": deg of the first view, "fov", "distance"}
-  {"file": "images/000000.png", "kind": "image", "captions": [...], ...}
-A set is one RGBA picture of N square views side by side, evenly round 360 degrees; an image is one square view.
+A data folder holds `index.jsonl`, one JSON object per line and picture file:
+
+    {"file": "sets/000000.png", "kind": "set", "captions": [...], "elevation": 12.5, "azimuth": 3.0}
+    {"file": "images/000000.png", "kind": "image", "captions": [...]}
+
+A set is one RGBA picture of N square views side by side, evenly round 360 degrees; `azimuth` is
+the first view's, in degrees. An image is one square view. The captions of an item all mean the
+same, and one is drawn whenever the item is. Other fields are not read.
 """
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -22,124 +26,214 @@ from .tools.errors import UserError
 
 @dataclass
 class Data:
-    """The whole data set in memory. A picture keeps its alpha: the background is chosen when it is used."""
-    sets: torch.Tensor                           # uint8 [N, 32, 4, H, W]
-    set_captions: list                           # N lists of captions that mean the same
-    set_cameras: torch.Tensor                    # [N, 32, 16]
-    images: torch.Tensor                         # uint8 [M, 4, H, W]
-    image_captions: list
+    """The whole data set in memory. Pictures keep their alpha; the background comes later."""
+    sets: torch.Tensor         # uint8 [N, views, 4, H, W]
+    set_captions: list         # N lists of captions that mean the same
+    set_cameras: torch.Tensor  # [N, views, 16]
+    images: torch.Tensor       # uint8 [M, 4, H, W]
+    image_captions: list       # M lists of captions
 
 
-NEEDED = {"set": {"file": str, "captions": list, "elevation": (int, float), "azimuth": (int, float)},
-          "image": {"file": str, "captions": list}}                              # fields of a line, by kind
+# ---- reading a folder ------------------------------------------------------------------------
+
+NUMBER = (int, float)
+# The fields that a line of the index needs, with their types, by kind.
+NEEDED = {
+    "set": {"file": str, "captions": list, "elevation": NUMBER, "azimuth": NUMBER},
+    "image": {"file": str, "captions": list},
+}
 
 
 def read_line(text, place):
-    """One line of the index as a dict. Raises UserError, naming the place, for what training cannot use."""
+    """One line of the index as a dict. Raises UserError, naming the place, if it is unusable."""
     try:
         item = json.loads(text)
-        wrong = [name for name, kind in NEEDED[item["kind"]].items() if not isinstance(item.get(name), kind)]
+        needed = NEEDED[item["kind"]]
+        wrong = [name for name, kind in needed.items() if not isinstance(item.get(name), kind)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{place}: not a JSON object whose kind is set or image ({error!r})") from error
-    if wrong or not item["captions"] or not all(isinstance(caption, str) and caption.strip() for caption in item["captions"]):
-        raise UserError(f"{place}: the field {(wrong or ['captions'])[0]!r} is missing, empty or of a wrong type")
+        raise UserError(
+            f"{place}: not a JSON object whose kind is set or image ({error!r})"
+        ) from error
+    if not wrong:
+        captions = item["captions"]
+        texts = [c for c in captions if isinstance(c, str) and c.strip()]
+        if not captions or len(texts) < len(captions):
+            wrong = ["captions"]
+    if wrong:
+        raise UserError(
+            f"{place}: the field {wrong[0]!r} is missing, empty or of a wrong type"
+        )
     return item
 
 
-def load(folder):
-    """Read a data folder. Raises UserError if there is none, a line of its index is wrong, or its pictures differ in size."""
-    index = Path(folder) / "index.jsonl"
+def read_picture(path):
+    """A row of square views as uint8 [views, 4, H, H]. Raises UserError."""
+    try:
+        pixels = np.array(Image.open(path).convert("RGBA"))  # [H, views·H, 4]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error}; make the data again") from error
+    height, width = pixels.shape[:2]
+    if width % height:
+        raise UserError(f"{path} is not a row of square views")
+    views = torch.from_numpy(pixels).unflatten(1, (-1, height))
+    return views.permute(1, 3, 0, 2)
+
+
+def read_folder(folder, views=cameras.VIEWS):
+    """Read a data folder: Data. `views`: how many views of a set a batch will take.
+
+    Raises UserError if there is no folder, a line of its index is wrong, its pictures differ in
+    size, or the views of its sets cannot be divided by `views`.
+    """
+    folder = Path(folder)
+    index = folder / "index.jsonl"
     if not index.is_file():
-        raise UserError(f"{index} is not there: make one with `python -m mvd.toyworld --out {folder}`")
-    items = [read_line(line, f"{index}, line {i}") for i, line in enumerate(index.read_text().splitlines(), 1)]
-
-    def read(item):
-        try:
-            picture = torch.from_numpy(np.array(Image.open(Path(folder) / item["file"]).convert("RGBA")))     # [H, views·H, 4]
-        except OSError as error:
-            raise UserError(f"cannot read {Path(folder) / item['file']}: {error}; make the data again") from error
-        if picture.shape[1] % picture.shape[0]:
-            raise UserError(f"{Path(folder) / item['file']} is not a row of square views")
-        return picture.unflatten(1, (-1, picture.shape[0])).permute(1, 3, 0, 2)                              # [views, 4, H, H]
-
+        raise UserError(
+            f"{index} is not there: make one with `python -m mvd.toyworld --out {folder}`"
+        )
+    lines = index.read_text().splitlines()
+    items = [read_line(line, f"{index}, line {i}") for i, line in enumerate(lines, 1)]
+    paths = [folder / item["file"] for item in items]
     with ThreadPoolExecutor() as pool:
-        pictures = list(tqdm(pool.map(read, items), total=len(items), desc="reading", unit="file"))
-    of_kind = {kind: [i for i, item in enumerate(items) if item["kind"] == kind] for kind in ("set", "image")}
-    for kind, indices in of_kind.items():
-        if not indices or len({pictures[i].shape for i in indices}) != 1 or pictures[indices[0]].shape[-1] != pictures[0].shape[-1]:
-            raise UserError(f"{folder}: training needs files of kind {kind!r}, all views of one size")
-    views = pictures[of_kind["set"][0]].shape[0]
-    if views % 4:
-        raise UserError(f"{folder}: a set has {views} views, but four of them, 90 degrees apart, are to be a batch's")
-    sets = [items[i] for i in of_kind["set"]]
-    azimuth = torch.tensor([item["azimuth"] for item in sets])[:, None] + torch.arange(views) * 360 / views  # [N, views]
-    orbit = cameras.orbit(torch.tensor([float(item["elevation"]) for item in sets])[:, None], azimuth)
-    return Data(torch.stack([pictures[i] for i in of_kind["set"]]), [item["captions"] for item in sets],
-                cameras.camera_numbers(orbit), torch.cat([pictures[i] for i in of_kind["image"]]),
-                [items[i]["captions"] for i in of_kind["image"]])
+        reading = pool.map(read_picture, paths)
+        pictures = list(tqdm(reading, total=len(items), desc="reading", unit="file"))
 
+    found = {"set": [], "image": []}  # (item, picture) pairs
+    for item, picture in zip(items, pictures):
+        found[item["kind"]].append((item, picture))
+    for kind, pairs in found.items():
+        shapes = {picture.shape for _, picture in pairs}
+        sizes = {picture.shape[-1] for picture in pictures}
+        if len(shapes) != 1 or len(sizes) != 1:
+            raise UserError(
+                f"{folder}: training needs files of kind {kind!r}, all views of one size"
+            )
+    sets = torch.stack([picture for _, picture in found["set"]])
+    if sets.shape[1] % views:
+        raise UserError(
+            f"{folder}: a set has {sets.shape[1]} views; the number must be divisible by {views}"
+        )
+    return Data(
+        sets=sets,
+        set_captions=[item["captions"] for item, _ in found["set"]],
+        set_cameras=set_cameras([item for item, _ in found["set"]], sets.shape[1]),
+        images=torch.cat([picture for _, picture in found["image"]]),
+        image_captions=[item["captions"] for item, _ in found["image"]],
+    )
+
+
+def set_cameras(items, views):
+    """What the UNet is given of each view's camera: [N, views, 16]."""
+    elevation = torch.tensor([float(item["elevation"]) for item in items])[:, None]
+    first = torch.tensor([item["azimuth"] for item in items])[:, None]
+    azimuth = first + torch.arange(views) * 360 / views  # [N, views]
+    return cameras.extrinsics(cameras.orbit(elevation, azimuth))
+
+
+# ---- pictures --------------------------------------------------------------------------------
 
 def on_grey(rgba, grey):
-    """uint8 pictures [..., 4, H, W] over a grey in [0, 1] that broadcasts to [...] -> [..., 3, H, W] in [-1, 1]."""
+    """Pictures over a grey background: uint8 [..., 4, H, W] -> [..., 3, H, W] in [-1, 1].
+
+    grey: in [0, 1], broadcasts to [...].
+    """
     rgba = rgba.float() / 255
     rgb, alpha = rgba[..., :3, :, :], rgba[..., 3:, :, :]
     return 2 * (rgb * alpha + grey[..., None, None, None] * (1 - alpha)) - 1
 
 
 def recolour(rgba, share=0.5):
-    """uint8 pictures [N, 4, H, W] -> the same, a share of them in other colours: red, green and blue in a random order, each to a
-    random power, e^U[-1.2, 1.2]. An autoencoder that has seen twelve colours takes a wine red for brown."""
-    n, device = len(rgba), rgba.device
-    order = torch.rand(n, 3, device=device).argsort(1)[:, :, None, None]                                     # [N, 3, 1, 1]
-    power = torch.exp(2.4 * torch.rand(n, 3, 1, 1, device=device) - 1.2)
-    rgb = (rgba[:, :3].float() / 255).gather(1, order.expand(-1, -1, *rgba.shape[2:])) ** power
-    other = torch.cat([(255 * rgb).round().byte(), rgba[:, 3:]], 1)
-    return torch.where((torch.rand(n, device=device) < share)[:, None, None, None], other, rgba)
+    """The same pictures, a share of them in other colours: uint8 [N, 4, H, W] -> the same.
 
+    Red, green and blue come in a random order, each to a random power, e^U[-1.2, 1.2]. An
+    autoencoder that has seen twelve colours takes a wine red for brown.
+    """
+    n, device = len(rgba), rgba.device
+    order = torch.rand(n, 3, device=device).argsort(1)[:, :, None, None]  # [N, 3, 1, 1]
+    power = torch.exp(2.4 * torch.rand(n, 3, 1, 1, device=device) - 1.2)
+    rgb = rgba[:, :3].float() / 255
+    rgb = rgb.gather(1, order.expand(-1, -1, *rgba.shape[2:])) ** power
+    other = torch.cat([(255 * rgb).round().byte(), rgba[:, 3:]], 1)
+    chosen = torch.rand(n, device=device) < share
+    return torch.where(chosen[:, None, None, None], other, rgba)
+
+
+# ---- what is computed once -------------------------------------------------------------------
 
 def token_table(text, captions, suffix=""):
-    """Every wording of every item as rows of the embedding table: int64 [N, wordings, L]; who has fewer wordings repeats them."""
-    most = max(map(len, captions))
-    return torch.stack([text.tokenize([wording + suffix for wording in islice(cycle(wordings), most)]) for wordings in captions])
+    """Every caption of every item as rows of the embedding table: int64 [N, W, L].
+
+    W is the length of the longest list of captions; shorter lists are repeated.
+    """
+    longest = max(map(len, captions))
+    rows = []
+    for wordings in captions:
+        repeated = islice(cycle(wordings), longest)
+        rows.append(text.tokenize([wording + suffix for wording in repeated]))
+    return torch.stack(rows)
 
 
 @torch.no_grad()
-def moments(vae, rgba, copies, pixels=2 ** 23):
-    """Encode pictures once, before the UNet is trained: uint8 [N, views, 4, H, W] -> [copies, N, views, 2c, h, w] in half
-    precision, the mean and standard deviation of the posterior; computed in bfloat16 on a GPU. Each copy of an object has a random
-    grey behind it. pixels: how many are encoded at a time."""
-    out, batch = [], max(1, pixels // rgba.shape[-1] ** 2)                       # 512 pictures of 128², 128 of 256²
+def encode_posteriors(vae, rgba, copies, pixels=2**23):
+    """Encode pictures once, before the UNet is trained.
+
+    uint8 [N, views, 4, H, W] -> [copies, N, views, 2c, h, w] in half precision: mean and standard
+    deviation of the posterior, computed in bfloat16 on a GPU. In each copy, each object has
+    another random grey behind all of its views. pixels: how many are encoded at a time.
+    """
+    batch = max(1, pixels // rgba.shape[-1] ** 2)
+    flat = rgba.flatten(0, 1)
+    posteriors = []
     for _ in range(copies):
-        grey = torch.rand(len(rgba), 1, device=rgba.device).expand(rgba.shape[:2]).flatten()                  # one grey an object
-        flat = rgba.flatten(0, 1)
+        grey = torch.rand(len(rgba), 1, device=rgba.device)
+        grey = grey.expand(rgba.shape[:2]).flatten()
         parts = []
         for i in range(0, len(flat), batch):
+            pictures = on_grey(flat[i : i + batch], grey[i : i + batch])
             with torch.autocast("cuda", torch.bfloat16, enabled=rgba.is_cuda):
-                mean, logvar = vae.encode(on_grey(flat[i:i + batch], grey[i:i + batch]))
+                mean, logvar = vae.encode(pictures)
             parts.append(torch.cat([mean, torch.exp(0.5 * logvar)], 1).half())
-        out.append(torch.cat(parts).unflatten(0, rgba.shape[:2]))
-    return torch.stack(out)
+        posteriors.append(torch.cat(parts).unflatten(0, rgba.shape[:2]))
+    return torch.stack(posteriors)
 
 
-def sample_latents(moment):
-    """A sample of the posterior whose mean and standard deviation are stacked in [..., 2c, h, w]."""
-    mean, std = moment.float().chunk(2, dim=-3)
+# ---- batches ---------------------------------------------------------------------------------
+
+def sample_posterior(posterior):
+    """A sample of the posterior whose mean and deviation are stacked in [..., 2c, h, w]."""
+    mean, std = posterior.float().chunk(2, dim=-3)
     return mean + std * torch.randn_like(mean)
 
 
-def draw_sets(moment, camera, tokens, batch):
-    """A multi-view batch: z [B, 4, c, h, w] unscaled, tokens [B, L], camera [B, 4, 16]; the 4 of N views are 90 degrees apart."""
-    device, (copies, objects, views) = moment.device, moment.shape[:3]
-    which, copy, first, wording = (torch.randint(high, (batch,), device=device)
-                                   for high in (objects, copies, views, tokens.shape[1]))
-    view = (first[:, None] + torch.arange(4, device=device) * (views // 4)) % views                           # [B, 4]
+def draw_indices(counts, batch, device):
+    """For each count n, `batch` random numbers of 0..n-1: a list of int64 [batch]."""
+    return [torch.randint(n, (batch,), device=device) for n in counts]
+
+
+def multiview_batch(posteriors, camera, tokens, batch, views=cameras.VIEWS):
+    """A batch of sets: z [B, V, c, h, w] unscaled, tokens [B, L], camera [B, V, 16].
+
+    posteriors [copies, N, n, 2c, h, w], camera [N, n, 16], tokens [N, W, L]. The V views are
+    360/V degrees apart; where the first one stands is random.
+    """
+    device = posteriors.device
+    copies, objects, n = posteriors.shape[:3]
+    counts = objects, copies, n, tokens.shape[1]
+    which, copy, first, wording = draw_indices(counts, batch, device)
+    apart = torch.arange(views, device=device) * (n // views)
+    view = (first[:, None] + apart) % n  # [B, V]
+    texts = tokens[which, wording]
     which, copy = which[:, None], copy[:, None]
-    return sample_latents(moment[copy, which, view]), tokens[which[:, 0], wording], camera[which, view]
+    return sample_posterior(posteriors[copy, which, view]), texts, camera[which, view]
 
 
-def draw_images(moment, texts, batch):
-    """A batch of single images. texts [M, W, ...]: of each item's W wordings, its tokens or its context. Returns z [B, 1, c, h, w]
-    unscaled, texts [B, ...], and None for the camera: the 2D mode."""
-    device, (copies, items) = moment.device, moment.shape[:2]
-    which, copy, wording = (torch.randint(high, (batch,), device=device) for high in (items, copies, texts.shape[1]))
-    return sample_latents(moment[copy, which]), texts[which, wording], None
+def image_batch(posteriors, texts, batch):
+    """A batch of single images, for the 2D mode: z [B, 1, c, h, w] unscaled, texts [B, ...].
+
+    posteriors [copies, M, 1, 2c, h, w]; texts [M, W, ...]: of each item's W captions, its tokens
+    or its context.
+    """
+    copies, items = posteriors.shape[:2]
+    counts = items, copies, texts.shape[1]
+    which, copy, wording = draw_indices(counts, batch, posteriors.device)
+    return sample_posterior(posteriors[copy, which]), texts[which, wording]

@@ -1,8 +1,10 @@
-"""Group normalisation (Wu & He 2018), with the SiLU that often follows it, in a form that a compiler can fuse into one pass.
+"""Group normalisation (Wu & He 2018) in a form that a compiler can fuse.
 
-PyTorch's own kernel wants the pixels of a channel side by side, while the fast convolutions of a GPU want the channels of a pixel
-side by side: between the two every picture would be copied, twice a norm. Normalising is an affine map of each channel of each
-picture, y = scale · (x − mean) + bias, whose numbers follow from the channel's sums of x and x²: two sums and one fused expression.
+Why not PyTorch's kernel alone? It wants the pixels of a channel side by side in memory, while the
+fast convolutions of a GPU want the channels of a pixel side by side: every picture would be copied
+twice per norm. But to normalise is an affine map per channel, y = scale · (x - mean) + bias, and
+its numbers follow from two sums per channel, of x and of x². Written out like that, a compiler
+makes two sums and one fused pass of it, in any memory layout.
 """
 import torch
 import torch.nn.functional as F
@@ -10,30 +12,46 @@ from torch import nn
 
 
 class GroupNorm(nn.GroupNorm):
-    """x [N, C, h, w] -> SiLU(normalised x), or without the SiLU, in the number format of the weights. The numbers are nn.GroupNorm's,
-    which runs where nothing is compiled."""
+    """x [N, C, h, w] -> normalised x: float32 where it is compiled, else in x's number format.
 
-    def __init__(self, groups, channels, eps=1e-5, silu=True):
-        super().__init__(groups, channels, eps)
-        self.silu = silu
+    The numbers are those of nn.GroupNorm, whose kernel runs where nothing is compiled. The result
+    is not rounded to the weights' format: what follows, a SiLU, comes first (`unet.Conv2d`).
+    """
 
     def forward(self, x):
         if torch.compiler.is_compiling():
-            y = self.written_out(x.float())
-        else:
-            y = F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
-        return (F.silu(y) if self.silu else y).to(self.weight.dtype)
+            return self.written_out(x.float())
+        weight = self.weight.to(x.dtype)
+        bias = self.bias.to(x.dtype)
+        return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
     def written_out(self, x):
-        """The same as sums and one affine map: x [N, C, h, w] float32 -> [N, C, h, w]. Each channel is seen from the value of its first
-        pixel, so that squares of a large mean do not swallow a small variance."""
+        """The same as sums and one affine map: x [N, C, h, w] float32 -> [N, C, h, w].
+
+        With the mean m and the variance v of each channel, a group of channels has
+
+            mean = E[m],    variance = E[v] + E[(m - mean)²],
+
+        the variance within the channels plus that between them. Rule: v = E[a²] - E[a]² is taken of
+        a = x - (the channel's first pixel), so that the squares of a large mean do not swallow a
+        small variance.
+        """
         first = x[:, :, :1, :1].detach()
         away = x - first
-        offset, square = away.mean((2, 3)), (away * away).mean((2, 3))           # of each channel, [N, C]
-        means = (first[..., 0, 0] + offset).unflatten(1, (self.num_groups, -1))  # [N, groups, C / groups]
-        within = (square - offset * offset).clamp(min=0).unflatten(1, (self.num_groups, -1))
-        mean = means.mean(2, keepdim=True)
-        variance = within.mean(2, keepdim=True) + (means - mean).square().mean(2, keepdim=True)      # in channels, and between them
-        scale = self.weight.float().unflatten(0, (self.num_groups, -1)) * torch.rsqrt(variance + self.eps)
-        mean, scale = (y.expand_as(means).flatten(1)[..., None, None] for y in (mean, scale))        # [N, C, 1, 1]
+        offset = away.mean((2, 3))  # [N, C]
+        square = (away * away).mean((2, 3))
+        channel_mean = first[..., 0, 0] + offset
+        within = (square - offset * offset).clamp(min=0)
+
+        by_group = (self.num_groups, -1)
+        channel_mean = channel_mean.unflatten(1, by_group)  # [N, groups, C / groups]
+        within = within.unflatten(1, by_group)
+        mean = channel_mean.mean(2, keepdim=True)  # [N, groups, 1]
+        between = (channel_mean - mean).square()
+        variance = within.mean(2, keepdim=True) + between.mean(2, keepdim=True)
+
+        weight = self.weight.float().unflatten(0, by_group)
+        scale = weight * torch.rsqrt(variance + self.eps)
+        mean = mean.expand_as(scale).flatten(1)[..., None, None]
+        scale = scale.flatten(1)[..., None, None]  # [N, C, 1, 1]
         return (x - mean) * scale + self.bias.float()[:, None, None]

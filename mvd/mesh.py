@@ -1,9 +1,13 @@
-"""From a density field to a coloured triangle mesh: marching tetrahedra (Doi and Koide 1991), then .glb and .obj.
+"""From a density field to a coloured triangle mesh, written as .glb and .obj.
 
-Every cell of a grid is cut into six tetrahedra that share its main diagonal (Kuhn's decomposition). All cells are cut
-alike, so two neighbours cut their common face alike. In a tetrahedron the surface is one triangle or two, spanned by
-the points where its edges cross the threshold. A crossing belongs to a grid edge, not to a cell: it becomes one vertex,
-shared by all around it, and the mesh is watertight with no table of 256 cases and no ambiguous ones.
+The surface is found by marching tetrahedra. Every cell of a grid is cut into six
+tetrahedra, all cells alike, so that two neighbours cut their common face alike. In a
+tetrahedron the surface is a triangle or a quadrilateral; its corners are the points where
+the tetrahedron's edges cross the threshold. Such a point belongs to an edge of the grid
+and not to a cell: it becomes one vertex that all triangles around it share. The mesh is
+therefore watertight, without marching cubes' table of 256 cases and its ambiguous ones.
+
+Doi and Koide, An efficient method of triangulating equi-valued surfaces (1991); glTF 2.0.
 """
 import itertools
 import json
@@ -18,86 +22,168 @@ from .tools.files import write_atomic
 
 
 class Mesh(NamedTuple):
-    """A closed surface in world units (z up, front +x), faces counter-clockwise seen from outside."""
-    vertices: np.ndarray    # [M, 3] float32, in [-1, 1]
-    faces: np.ndarray       # [F, 3] int32
+    """A closed surface, z up, front +x; faces are counter-clockwise seen from outside."""
+    vertices: np.ndarray    # [M, 3] float32, world units, in [-1, 1]
+    faces: np.ndarray       # [F, 3] int32, numbers of vertices
     colours: np.ndarray     # [M, 3] float32, in [0, 1], sRGB as in a picture
     normals: np.ndarray     # [M, 3] float32, unit length, outward
 
 
-CORNERS = np.array(list(itertools.product((0, 1), repeat=3)))       # [8, 3]: corner number 4x + 2y + z of a cell
-# From corner 0 to corner 7 along the axes in each order: six tetrahedra of corners whose numbers only gain bits.
-TETRAHEDRA = [(0, 4 >> a, 4 >> a | 4 >> b, 7) for a, b, c in itertools.permutations(range(3))]
-# The order of the axes decides whether a tetrahedron is right-handed.
-RIGHT_HANDED = [np.linalg.det(CORNERS[list(corners[1:])]) > 0 for corners in TETRAHEDRA]
+# ---- the surface ----
+
+# [8, 3]: where the corners of a cell lie; corner (x, y, z) has the number 4x + 2y + z.
+CORNERS = np.array(list(itertools.product((0, 1), repeat=3)))
+
+# The six tetrahedra of a cell, as corners of the cell (Kuhn's decomposition). Each is a
+# walk from corner 0 to corner 7 along the three axes; there is one walk per order of the
+# axes. Numbers only gain bits on the way, so later minus earlier is itself the number of
+# a corner: the direction of the edge between them.
+TETRAHEDRA = [
+    (0, 4, 6, 7),    # x, y, z
+    (0, 4, 5, 7),    # x, z, y
+    (0, 2, 6, 7),    # y, x, z
+    (0, 2, 3, 7),    # y, z, x
+    (0, 1, 5, 7),    # z, x, y
+    (0, 1, 3, 7),    # z, y, x
+]
+
+# The surface in a tetrahedron. Key: which of its corners 0 to 3 are inside, as bits.
+# Value: the polygon between inside and outside, counter-clockwise seen from outside if
+# the tetrahedron is right-handed. The pair (a, b) is the point on the edge between
+# corners a and b. One corner inside gives a triangle round it, three inside the same
+# triangle seen from its other side, two inside a quadrilateral. (The order of the entries
+# is the order of the faces in the mesh.)
+POLYGONS = {
+    0b0001: [(0, 3), (0, 1), (0, 2)],
+    0b1110: [(0, 3), (0, 2), (0, 1)],
+    0b0011: [(1, 3), (1, 2), (0, 2), (0, 3)],
+    0b0101: [(2, 1), (2, 3), (0, 3), (0, 1)],
+    0b1001: [(3, 2), (3, 1), (0, 1), (0, 2)],
+    0b0010: [(1, 3), (1, 2), (1, 0)],
+    0b1101: [(1, 3), (1, 0), (1, 2)],
+    0b0110: [(2, 3), (2, 0), (1, 0), (1, 3)],
+    0b1010: [(3, 0), (3, 2), (1, 2), (1, 0)],
+    0b0100: [(2, 3), (2, 0), (2, 1)],
+    0b1011: [(2, 3), (2, 1), (2, 0)],
+    0b1100: [(3, 1), (3, 0), (2, 0), (2, 1)],
+    0b1000: [(3, 2), (3, 1), (3, 0)],
+    0b0111: [(3, 2), (3, 0), (3, 1)],
+}
 
 
-def _triangles_by_case():
-    """{which of four corners are inside, as bits: outward triangles, as pairs of corners}, right-handed tetrahedra."""
-    cases = {}
-    for a, b, c, d in itertools.permutations(range(4)):
-        if np.linalg.det(np.eye(4)[[a, b, c, d]]) < 0:              # only even permutations keep it right-handed
-            continue
-        cases[1 << a] = [((a, b), (a, c), (a, d))]
-        cases[15 - (1 << a)] = [((a, b), (a, d), (a, c))]           # the same triangle seen from the other side
-        cases[1 << a | 1 << b] = [((a, c), (a, d), (b, d)), ((a, c), (b, d), (b, c))]
-    return cases
+def _crossed_cells(inside):
+    """The cells that the surface crosses: flat indices of their corners 0, [K].
+
+    inside [nx, ny, nz] bool. A cell is crossed if some of its corners are inside, not all.
+    """
+    nx, ny, nz = inside.shape
+    corners_inside = np.zeros((nx - 1, ny - 1, nz - 1), dtype=np.int8)
+    for x, y, z in CORNERS:
+        corners_inside += inside[x:x + nx - 1, y:y + ny - 1, z:z + nz - 1]
+    crossed = np.zeros(inside.shape, dtype=bool)
+    crossed[:-1, :-1, :-1] = (corners_inside > 0) & (corners_inside < 8)
+    return np.flatnonzero(crossed)
 
 
-CASES = _triangles_by_case()
+def _triangles(inside, cells, corner_step):
+    """The triangles of the surface as three grid edges each: [F, 3] int64.
+
+    inside [N] bool: all grid points. cells [K]: the flat indices of the crossed cells'
+    corners 0. corner_step [8]: from there to each corner. A grid edge is one number:
+    8 * (flat index of its lower end) + (its direction, the number of a corner, 1 to 7).
+    """
+    found = [np.zeros((0, 3), dtype=np.int64)]
+    for tetrahedron in TETRAHEDRA:
+        right_handed = np.linalg.det(CORNERS[list(tetrahedron[1:])]) > 0
+        bits = np.zeros(len(cells), dtype=np.int8)
+        for i, corner in enumerate(tetrahedron):
+            bits += inside[cells + corner_step[corner]].astype(np.int8) << i
+
+        for case, polygon in POLYGONS.items():
+            cell = cells[bits == case]
+            edges = []
+            for pair in polygon:
+                low = tetrahedron[min(pair)]
+                high = tetrahedron[max(pair)]
+                edges.append(8 * (cell + corner_step[low]) + (high - low))
+            # A triangle, or the two triangles of a quadrilateral.
+            for second, third in zip(edges[1:], edges[2:]):
+                triangle = [edges[0], second, third]
+                if not right_handed:
+                    triangle.reverse()
+                found.append(np.stack(triangle, axis=1))
+    return np.concatenate(found)
 
 
 def marching_tetrahedra(values, threshold):
-    """The surface values = threshold, linear along the edges of the tetrahedra.
+    """The surface values = threshold as a closed mesh: (vertices [M, 3], faces [F, 3]).
 
-    values [n, n, n] (array or tensor on the CPU; x, y, z): inside is what is larger than the threshold.
-    Returns vertices [M, 3] float32 in grid coordinates (values[i, j, k] sits at (i, j, k)), no two alike, and faces
-    [F, 3] int32, counter-clockwise seen from outside. What reaches the border is closed at most half a cell outside of
-    it. Both may be empty.
+    values [nx, ny, nz] (array, or tensor on the CPU): inside is what is larger than the
+    threshold; NaN counts as 0. Vertices are float32, no two alike, in grid coordinates:
+    values[i, j, k] sits at (i, j, k). Faces are int32, counter-clockwise seen from outside.
+    Both may be empty. What reaches the border is closed at most half a cell outside of it.
+
+    Between the ends of an edge the field is taken to be linear. The idea is a plain loop:
+
+        for each cell, for each of its six tetrahedra:
+            for each edge between a corner p inside and a corner q outside:
+                t = (threshold - value[p]) / (value[q] - value[p])
+                the surface crosses the edge at p + t * (q - p)
+            join these points: three make a triangle, four a quadrilateral
+
+    tests/test_mesh.py has it written out (`plain_marching_tetrahedra`). Here each line
+    runs for all cells at once, and an edge's point is computed once, for all the cells
+    that share the edge.
     """
-    values = np.nan_to_num(np.asarray(values, dtype=np.float64), posinf=1e30, neginf=-1e30)
-    # The rim is as far below the threshold as the largest value is above: crossings lie at most half-way to it.
-    values = np.pad(values, 1, constant_values=threshold - abs(values.max() - threshold))
+    values = np.asarray(values, dtype=np.float64)
+    values = np.nan_to_num(values, posinf=1e30, neginf=-1e30)
+    # A rim that is as far below the threshold as the largest value is above it: the
+    # surface lies at most half-way between the border and the rim.
+    margin = abs(values.max() - threshold)
+    values = np.pad(values, 1, constant_values=threshold - margin)
     shape = values.shape
-    corner_step = CORNERS @ np.array([shape[1] * shape[2], shape[2], 1])               # [8] from corner 0, flat
     inside = values > threshold
-    cells = tuple(slice(0, size - 1) for size in shape)
-    count = sum(inside[tuple(slice(o, o + s - 1) for o, s in zip(corner, shape))].astype(np.int8) for corner in CORNERS)
-    mixed = np.zeros(shape, dtype=bool)
-    mixed[cells] = (count > 0) & (count < 8)
-    first = np.flatnonzero(mixed)                                   # [K] corner 0 of the cells that the surface crosses
-    inside, values = inside.ravel(), values.ravel()
+    strides = np.array([shape[1] * shape[2], shape[2], 1])
+    corner_step = CORNERS @ strides    # [8]
 
-    keys = [np.zeros((0, 3), dtype=np.int64)]             # three grid edges, each 8 * flat index of one end + direction
-    for corners, right_handed in zip(TETRAHEDRA, RIGHT_HANDED):
-        case = sum(inside[first + corner_step[corner]].astype(np.int8) << i for i, corner in enumerate(corners))
-        for bits, triangles in CASES.items():
-            cell = first[case == bits]
-            for triangle in triangles if right_handed else [t[::-1] for t in triangles]:
-                ends = [(corners[min(pair)], corners[max(pair)]) for pair in triangle]
-                keys.append(np.stack([8 * (cell + corner_step[low]) + (high - low) for low, high in ends], 1))
-    edges, faces = np.unique(np.concatenate(keys), return_inverse=True)
+    cells = _crossed_cells(inside)
+    triangles = _triangles(inside.ravel(), cells, corner_step)
+    # One vertex per grid edge that occurs, however many triangles name it.
+    edges, faces = np.unique(triangles, return_inverse=True)
 
-    low, direction = edges // 8, edges % 8
-    at_low, at_high = values[low], values[low + corner_step[direction]]
-    # Kept off the ends, where the crossings of several edges would fall on one point.
-    along = np.clip((threshold - at_low) / (at_high - at_low), 1e-3, 1 - 1e-3)         # [M]
-    vertices = np.stack(np.unravel_index(low, shape), 1) + along[:, None] * CORNERS[direction] - 1
+    values = values.ravel()
+    low = edges // 8
+    direction = edges % 8
+    at_low = values[low]
+    at_high = values[low + corner_step[direction]]
+    along = (threshold - at_low) / (at_high - at_low)    # [M]
+    # At the end of an edge, the points of several edges would coincide.
+    along = np.clip(along, 1e-3, 1 - 1e-3)
+    low_ends = np.stack(np.unravel_index(low, shape), axis=1)
+    # Minus 1: the rim is not part of the grid.
+    vertices = low_ends + along[:, None] * CORNERS[direction] - 1
     return vertices.astype(np.float32), faces.reshape(-1, 3).astype(np.int32)
 
 
 def drop_specks(vertices, faces, share=0.02):
-    """Keeps connected parts with at least `share` of the faces of the largest: -> (vertices [M', 3], faces [F', 3])."""
-    label = np.arange(len(vertices))                                # grows into: the smallest vertex number of its part
+    """The mesh without its small parts: (vertices [M', 3], faces [F', 3] int32).
+
+    A part is what hangs together; it stays if it has at least `share` of the faces of the
+    largest part. Every vertex carries a label, at first its own number. Labels are
+    lowered until they agree within each face; then they agree within each part.
+    """
+    label = np.arange(len(vertices))
     while True:
-        roots = label[faces]                                        # [F, 3]
-        lowest = roots.min(1, keepdims=True)
-        if (roots == lowest).all():
+        labels = label[faces]    # [F, 3]
+        lowest = labels.min(axis=1, keepdims=True)
+        if (labels == lowest).all():
             break
-        np.minimum.at(label, roots, np.broadcast_to(lowest, roots.shape))          # hang each root under a lower one
-        while not (label[label] == label).all():                    # and let everybody point at the root itself
+        # A label is the number of a vertex: that vertex takes the face's lowest label ...
+        np.minimum.at(label, labels, np.broadcast_to(lowest, labels.shape))
+        # ... and every vertex takes the label at the end of its chain of labels.
+        while not (label[label] == label).all():
             label = label[label]
-    part = label[faces[:, 0]]                                       # [F]
+    part = label[faces[:, 0]]    # [F]
     size = np.bincount(part)
     faces = faces[size[part] >= share * size.max()]
     kept, faces = np.unique(faces, return_inverse=True)
@@ -105,96 +191,201 @@ def drop_specks(vertices, faces, share=0.02):
 
 
 def vertex_normals(vertices, faces):
-    """Mean of the normals of the faces round each vertex, weighted by area: [M, 3] float32, unit length, outward."""
-    a, b, c = (vertices[faces[:, i]].astype(np.float64) for i in range(3))
-    of_face = np.cross(b - a, c - a)                                # [F, 3], twice the area long
-    normals = np.stack([np.bincount(faces.ravel(), np.repeat(of_face[:, i], 3), len(vertices)) for i in range(3)], 1)
+    """Outward unit normals of the vertices: [M, 3] float32.
+
+    Each is the mean of the normals of the faces round the vertex, weighted by area.
+    """
+    vertices = vertices.astype(np.float64)
+    a = vertices[faces[:, 0]]
+    b = vertices[faces[:, 1]]
+    c = vertices[faces[:, 2]]
+    # The length of the cross product is twice the area of the face.
+    of_face = np.cross(b - a, c - a)
+    normals = np.zeros((len(vertices), 3))
+    for axis in range(3):
+        weights = np.repeat(of_face[:, axis], 3)
+        normals[:, axis] = np.bincount(faces.ravel(), weights, len(vertices))
     length = np.linalg.norm(normals, axis=1, keepdims=True)
-    return np.where(length > 0, normals / np.maximum(length, 1e-30), [0.0, 0.0, 1.0]).astype(np.float32)
+    unit = normals / np.maximum(length, 1e-30)
+    # Where the normals cancel out, any direction will do.
+    return np.where(length > 0, unit, [0.0, 0.0, 1.0]).astype(np.float32)
 
 
-def seen_colours(density_fn, colour_fn, points, inward, start=-0.05, end=0.25, samples=24):
-    """What a viewer sees of a surface that is not sharp: colours [M, 3] volume-rendered along rays that pass `points`
-    [M, 3] in the direction `inward` [M, 3], from `start` to `end` (world units): sum w c / sum w (NeRF eq. 3)."""
+# ---- from a field ----
+
+def seen_colours(density_fn, colour_fn, points, inward, *, start=-0.05, end=0.25, samples=24):
+    """The colours that a viewer sees at a surface that is not sharp: [M, 3].
+
+    Rays pass `points` [M, 3] in the direction `inward` [M, 3]; along each, the field is
+    rendered from `start` to `end` (world units, 0 is the point): sum w c / sum w, with
+    the weights w of NeRF eq. 3. Where nothing is dense the colour is 0.
+    """
     step = (end - start) / samples
-    along = start + (torch.arange(samples, device=points.device) + 0.5) * step                # [S]
-    x = (points[:, None] + along[:, None] * inward[:, None]).reshape(-1, 3)                   # [M * S, 3]
-    depth = density_fn(x).view(-1, samples).float() * step                                    # optical, of each sample
-    weights = (1 - torch.exp(-depth)) * torch.exp(depth - depth.cumsum(1))                    # [M, S]
-    colours = (weights[..., None] * colour_fn(x).view(-1, samples, 3).float()).sum(1)
-    return colours / weights.sum(1, keepdim=True).clamp(min=1e-9)
+    middles = torch.arange(samples, device=points.device) + 0.5
+    along = start + middles * step    # [S]
+    x = points[:, None] + along[:, None] * inward[:, None]
+    x = x.reshape(-1, 3)    # [M * S, 3]
+    depth = density_fn(x).view(-1, samples).float() * step
+    # The share that a sample absorbs, times the share that the samples before it let pass.
+    weights = (1 - torch.exp(-depth)) * torch.exp(depth - depth.cumsum(1))    # [M, S]
+    colours = colour_fn(x).view(-1, samples, 3).float()
+    total = (weights[..., None] * colours).sum(1)
+    return total / weights.sum(1, keepdim=True).clamp(min=1e-9)
 
 
 @torch.no_grad()
-def extract(density_fn, colour_fn, resolution=128, threshold=25.0, device="cpu"):
-    """The surface density = threshold inside the box [-1, 1]^3, with the colours that are seen of it from outside.
+def extract(density_fn, colour_fn, *, resolution=128, threshold=25.0, device="cpu"):
+    """The Mesh of the surface density = threshold, with the colours seen from outside.
 
-    density_fn: points [N, 3] in world units on `device` -> [N]; colour_fn: points -> [N, 3] in [0, 1]. Densities are
-    taken in the middle of resolution^3 cells. Raises UserError if nothing is denser than the threshold.
+    density_fn: points [N, 3] in world units on `device` -> [N]; colour_fn: the same
+    points -> [N, 3] in [0, 1]. The density is taken at the centres of resolution^3 cells
+    that fill the box [-1, 1]^3. Small loose parts are dropped. Raises UserError if the
+    density is nowhere above the threshold.
     """
-    centre = (torch.arange(resolution) + 0.5) / resolution * 2 - 1
-    points = torch.cartesian_prod(centre, centre, centre)           # [n^3, 3], x slowest
-    chunks = points.split(65536)                                    # a hash grid needs kilobytes a point
-    density = torch.cat([density_fn(chunk.to(device)).float().cpu() for chunk in chunks]).view(3 * (resolution,))
+    centres = (torch.arange(resolution) + 0.5) / resolution * 2 - 1
+    points = torch.cartesian_prod(centres, centres, centres)    # [n^3, 3], x slowest
+    # In chunks, since a hash grid needs kilobytes per point.
+    density = []
+    for chunk in points.split(65536):
+        density.append(density_fn(chunk.to(device)).float().cpu())
+    density = torch.cat(density).view(resolution, resolution, resolution)
+
     vertices, faces = marching_tetrahedra(density, threshold)
     if len(faces) == 0:
-        raise UserError(f"there is no object to make a mesh of: the density stays below {threshold:g} "
-                        f"(largest {density.max():.3g}); run more steps")
+        raise UserError(
+            "there is no object to make a mesh of: the density stays below "
+            f"{threshold:g} (largest {density.max():.3g}); run more steps")
     vertices, faces = drop_specks(vertices, faces)
     vertices = (vertices + 0.5) / resolution * 2 - 1
     normals = vertex_normals(vertices, faces)
-    rays = zip(torch.from_numpy(vertices).split(2048), torch.from_numpy(-normals).split(2048))
-    colours = torch.cat([seen_colours(density_fn, colour_fn, points.to(device), inward.to(device)).cpu() for points, inward in rays])
-    return Mesh(vertices, faces, colours.clamp(0, 1).numpy(), normals)
+
+    points = torch.from_numpy(vertices).split(2048)
+    inward = torch.from_numpy(-normals).split(2048)
+    colours = []
+    for x, direction in zip(points, inward):
+        seen = seen_colours(density_fn, colour_fn, x.to(device), direction.to(device))
+        colours.append(seen.cpu())
+    colours = torch.cat(colours).clamp(0, 1).numpy()
+    return Mesh(vertices, faces, colours, normals)
+
+
+# ---- files ----
+
+# Numbers of the glTF 2.0 standard: types of components, then uses of a buffer view.
+UNSIGNED_SHORT = 5123
+UNSIGNED_INT = 5125
+FLOAT = 5126
+ARRAY_BUFFER = 34962
+ELEMENT_ARRAY_BUFFER = 34963
 
 
 def _y_up(vectors):
-    """From z up, front +x to y up, front +z, as glTF demands and importers of OBJ assume: a rotation, no mirror."""
+    """From z up, front +x to y up, front +z: [M, 3] float32.
+
+    This is a rotation, not a mirror image. glTF demands it, programs that import OBJ
+    assume it.
+    """
     return np.ascontiguousarray(vectors[:, [1, 2, 0]], dtype=np.float32)
 
 
-def write_glb(path, mesh):
-    """One binary glTF 2.0 file with vertex colours and a matte material; whole or not at all.
+def _linear_rgba(colours):
+    """sRGB colours [M, 3] in [0, 1] -> linear RGBA [M, 4], opaque (IEC 61966-2-1).
 
-    glTF multiplies the material with COLOR_0 and wants that linear, so the sRGB curve (IEC 61966-2-1) is undone here.
+    glTF multiplies vertex colours with the material and wants them linear in light.
     """
-    colours = mesh.colours.astype(np.float64)
-    linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
-    rgba = np.ones((len(linear), 4))                                # four 16-bit numbers keep every vertex on 4 bytes
-    rgba[:, :3] = linear
-    positions = _y_up(mesh.vertices)
+    colours = colours.astype(np.float64)
+    dark = colours / 12.92
+    bright = ((colours + 0.055) / 1.055) ** 2.4
+    rgba = np.ones((len(colours), 4))
+    rgba[:, :3] = np.where(colours <= 0.04045, dark, bright)
+    return rgba
+
+
+def _gltf_document(arrays):
+    """The JSON part of a .glb file, as a dict.
+
+    arrays: positions, normals, colours, vertex numbers, which lie one behind the other in
+    the binary part. A buffer view says where an array lies, an accessor how its bytes are
+    read, the primitive what it means.
+    """
+    positions, _, _, indices = arrays
     count = len(positions)
-    UNSIGNED_SHORT, UNSIGNED_INT, FLOAT, VERTICES, INDICES = 5123, 5125, 5126, 34962, 34963   # numbers of the standard
-    parts = [                                                       # (data, its use, its description)
-        (positions.astype("<f4"), VERTICES, {"componentType": FLOAT, "type": "VEC3", "count": count,
-                                             "min": positions.min(0).tolist(), "max": positions.max(0).tolist()}),
-        (_y_up(mesh.normals).astype("<f4"), VERTICES, {"componentType": FLOAT, "type": "VEC3", "count": count}),
-        (np.round(rgba * 65535).astype("<u2"), VERTICES, {"componentType": UNSIGNED_SHORT, "normalized": True,
-                                                          "type": "VEC4", "count": count}),
-        (mesh.faces.astype("<u4"), INDICES, {"componentType": UNSIGNED_INT, "type": "SCALAR",
-                                               "count": mesh.faces.size})]
-    starts = np.cumsum([0] + [part.nbytes for part, _, _ in parts]).tolist()               # all multiples of 4
-    document = {
+    views = []
+    start = 0
+    for array in arrays:
+        target = ELEMENT_ARRAY_BUFFER if array is indices else ARRAY_BUFFER
+        views.append({
+            "buffer": 0, "byteOffset": start, "byteLength": array.nbytes, "target": target})
+        start += array.nbytes
+    low = positions.min(axis=0).tolist()
+    high = positions.max(axis=0).tolist()
+    accessors = [
+        {"bufferView": 0, "componentType": FLOAT, "type": "VEC3", "count": count,
+         "min": low, "max": high},
+        {"bufferView": 1, "componentType": FLOAT, "type": "VEC3", "count": count},
+        {"bufferView": 2, "componentType": UNSIGNED_SHORT, "normalized": True,
+         "type": "VEC4", "count": count},
+        {"bufferView": 3, "componentType": UNSIGNED_INT, "type": "SCALAR",
+         "count": indices.size},
+    ]
+    primitive = {
+        "attributes": {"POSITION": 0, "NORMAL": 1, "COLOR_0": 2},
+        "indices": 3,
+        "material": 0,
+    }
+    matte = {"metallicFactor": 0.0, "roughnessFactor": 1.0}
+    return {
         "asset": {"version": "2.0", "generator": "mvd"},
-        "scene": 0, "scenes": [{"nodes": [0]}], "nodes": [{"mesh": 0}],
-        "meshes": [{"primitives": [{"attributes": {"POSITION": 0, "NORMAL": 1, "COLOR_0": 2},
-                                    "indices": 3, "material": 0}]}],
-        "materials": [{"pbrMetallicRoughness": {"metallicFactor": 0.0, "roughnessFactor": 1.0}}],
-        "accessors": [{"bufferView": i, **accessor} for i, (_, _, accessor) in enumerate(parts)],
-        "bufferViews": [{"buffer": 0, "byteOffset": starts[i], "byteLength": part.nbytes, "target": target}
-                        for i, (part, target, _) in enumerate(parts)],
-        "buffers": [{"byteLength": starts[-1]}]}
-    text = json.dumps(document, separators=(",", ":")).encode()
+        "scene": 0,
+        "scenes": [{"nodes": [0]}],
+        "nodes": [{"mesh": 0}],
+        "meshes": [{"primitives": [primitive]}],
+        "materials": [{"pbrMetallicRoughness": matte}],
+        "accessors": accessors,
+        "bufferViews": views,
+        "buffers": [{"byteLength": start}],
+    }
+
+
+def write_glb(path, mesh):
+    """Writes a binary glTF 2.0 file: vertex colours and a matte material.
+
+    The file is whole or not there. It is a header of 12 bytes and two chunks, JSON and
+    binary; before each stand its length and its kind. All numbers are little-endian, and
+    each array has a multiple of 4 bytes per vertex: hence four 16-bit numbers per colour.
+    """
+    rgba = _linear_rgba(mesh.colours)
+    arrays = [
+        _y_up(mesh.vertices).astype("<f4"),
+        _y_up(mesh.normals).astype("<f4"),
+        np.round(rgba * 65535).astype("<u2"),
+        mesh.faces.astype("<u4"),
+    ]
+    text = json.dumps(_gltf_document(arrays), separators=(",", ":")).encode()
     text += b" " * (-len(text) % 4)
-    write_atomic(path, b"".join([
-        struct.pack("<4sII", b"glTF", 2, 12 + 8 + len(text) + 8 + starts[-1]),
-        struct.pack("<I4s", len(text), b"JSON"), text,
-        struct.pack("<I4s", starts[-1], b"BIN\0"), *(part.tobytes() for part, _, _ in parts)]))
+    binary = b"".join(array.tobytes() for array in arrays)
+
+    chunks = [
+        struct.pack("<I4s", len(text), b"JSON"),
+        text,
+        struct.pack("<I4s", len(binary), b"BIN\0"),
+        binary,
+    ]
+    length = 12 + sum(len(chunk) for chunk in chunks)
+    header = struct.pack("<4sII", b"glTF", 2, length)
+    write_atomic(path, header + b"".join(chunks))
 
 
 def write_obj(path, mesh):
-    """One Wavefront OBJ text file, y up, sRGB colours behind the coordinates: "v x y z r g b"; whole or not at all."""
-    rows = np.concatenate([_y_up(mesh.vertices), mesh.colours], 1).tolist()
-    lines = ["v %.6f %.6f %.6f %.4f %.4f %.4f\n" % tuple(row) for row in rows]
-    lines += ["f %d %d %d\n" % tuple(face) for face in (mesh.faces + 1).tolist()]
+    """Writes a Wavefront OBJ text file, y up; the file is whole or not there.
+
+    sRGB colours follow the coordinates, as many programs read them: "v x y z r g b".
+    """
+    rows = np.concatenate([_y_up(mesh.vertices), mesh.colours], axis=1)
+    lines = []
+    for row in rows.tolist():
+        lines.append("v %.6f %.6f %.6f %.4f %.4f %.4f\n" % tuple(row))
+    # OBJ counts vertices from 1.
+    for face in (mesh.faces + 1).tolist():
+        lines.append("f %d %d %d\n" % tuple(face))
     write_atomic(path, "".join(lines).encode())

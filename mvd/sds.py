@@ -1,239 +1,413 @@
-"""Multi-view score distillation (MVDream §3.3): the model's opinion of four rendered views becomes a gradient for the field.
+"""Multi-view score distillation (MVDream §3.3): the diffusion model teaches a radiance field.
 
-The rendered latents x0 are noised to one time step t for all views, the guided model predicts the clean latents x̂0, and x0 is
-drawn towards them. Without rescale the gradient of that loss is the classic one (DreamFusion eq. 3) with the weight σ_t/α_t.
+Four views of the field are rendered, encoded and noised to one time step t. The guided model
+predicts the clean latents x̂_0 of all four together, and the rendered latents x_0 are drawn to
+them: that is the gradient of the field. Without rescale it is the classic one (DreamFusion eq. 3)
+with the weight σ_t / α_t.
+
+From top to bottom: the settings, the random draws, the loss, and `Distillation`, whose `step` is
+the whole method on one screen.
 """
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from . import cameras, diffusion, render
-from .nerf import NeRF, NeRFConfig
+from .nerf import ENCODINGS, NeRF, NeRFConfig
+from .tools.cli import setting
 
-NEGATIVE = ("ugly, bad anatomy, blurry, pixelated obscure, unnatural colors, poor lighting, dull, and unclear, cropped, lowres, "
-            "low quality, artifacts, duplicate, morbid, mutilated, poorly drawn face, deformed, dehydrated, bad proportions")
-VIEWS = 4                                        # of a set
-ORIENTATION = (10.0, 1000.0)                     # weight of the orientation loss, first and from `shading_from` on
+NEGATIVE = (
+    "ugly, bad anatomy, blurry, pixelated obscure, unnatural colors, poor lighting, dull, and "
+    "unclear, cropped, lowres, low quality, artifacts, duplicate, morbid, mutilated, poorly drawn "
+    "face, deformed, dehydrated, bad proportions"
+)
+# Weight of the orientation loss, at first and from `shading_from` on.
+ORIENTATION = (10.0, 1000.0)
 
 
 @dataclass
-class Settings:
-    """The flags of distill.py, here because `make_step` and bench.py read them. The defaults are the released ones, for the full-size
-    model; a model's header may hold others (`ModelConfig.distill`)."""
-    prompt: str = field(metadata={"help": "what to make, in quotes", "positional": True})
-    model: str = field(default="tiny", metadata={"help": "tiny, mvdream-sd21, sd21, or the path of a checkpoint"})
-    mode: str = field(default="3d", metadata={"help": "3d: multi-view distillation; 2d: every view alone", "choices": ("3d", "2d")})
-    out: str | None = field(default=None, metadata={"help": "folder of the run (default: runs/<prompt>)"})
-    resume: bool = field(default=False, metadata={"help": "go on from the run's checkpoint"})
-    device: str = field(default="auto", metadata={"help": "cuda, mps or cpu; auto takes the best"})
-    dtype: str = field(default="auto", metadata={"help": "of the model; auto: bfloat16 on cuda, else float32",
-                                                 "choices": ("auto", "float32", "bfloat16", "float16")})
-    seed: int = field(default=0, metadata={"help": "of everything random", "min": 0, "max": 2 ** 63 - 1})
-    steps: int = field(default=10000, metadata={"help": "optimisation steps; every schedule is a share of them", "min": 1})
-    compile: bool = field(default=True, metadata={"help": "on a GPU, fuse the operations of a step (torch.compile): slow at first, "
-                                                          "then several times as fast"})
-    save_every: int = field(default=500, metadata={"help": "steps between checkpoints", "min": 1})
+class DistillSettings:
+    """The flags of distill.py. The defaults are the released ones, for the full-size model.
+
+    They stand here since `Distillation` and bench.py read them. A model's preset may change them
+    (`presets.py`).
+    """
+    prompt: str = setting(help="what to make, in quotes", positional=True)
+    model: str = setting("tiny", "tiny, mvdream-sd21, sd21, or the path of a checkpoint")
+    mode: str = setting(
+        "3d", "3d: multi-view distillation; 2d: every view alone", choices=("3d", "2d")
+    )
+    out: str | None = setting(None, "folder of the run (default: runs/<prompt>)")
+    resume: bool = setting(False, "go on from the run's checkpoint")
+    device: str = setting("auto", "cuda, mps or cpu; auto takes the best")
+    dtype: str = setting(
+        "auto",
+        "of the model; auto: bfloat16 on cuda, else float32",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    seed: int = setting(0, "of everything random", min=0, max=2**63 - 1)
+    steps: int = setting(10000, "optimisation steps; every schedule is a share of them", min=1)
+    compile: bool = setting(
+        True,
+        "on a GPU, fuse the operations of a step (torch.compile): slow at first, then several "
+        "times as fast",
+    )
+    save_every: int = setting(500, "steps between checkpoints", min=1)
+    show_every: int = setting(
+        0, "steps between pictures; 0: a twentieth of the run, and at least 20", min=0
+    )
+
     # what the model is asked
-    negative: str = field(default=NEGATIVE, metadata={"help": "negative prompt"})
-    suffix: str = field(default="", metadata={"help": "what is added to the prompt in 3d mode"})
-    guidance: float = field(default=50.0, metadata={"help": "guidance scale", "min": 0})
-    rescale: float = field(default=0.5, metadata={"help": "guidance rescale of the x0 loss", "min": 0, "max": 1})
-    loss: str = field(default="x0", metadata={"help": "x0: reconstruction of the predicted latents; sds: the classic gradient",
-                                              "choices": ("x0", "sds")})
-    t_start: float = field(default=0.98, metadata={"help": "time at the start, of 1", "min": 0, "max": 1})
-    t_min: float = field(default=0.02, metadata={"help": "least time at the end", "min": 0, "max": 1})
-    t_max: float = field(default=0.50, metadata={"help": "greatest time at the end", "min": 0, "max": 1})
-    anneal: float = field(default=0.8, metadata={"help": "share of the run over which the times fall", "min": 0.001, "max": 1})
+    negative: str = setting(NEGATIVE, "negative prompt")
+    suffix: str = setting("", "what is added to the prompt in 3d mode")
+    guidance: float = setting(50.0, "guidance scale", min=0)
+    rescale: float = setting(0.5, "guidance rescale of the x0 loss", min=0, max=1)
+    loss: str = setting(
+        "x0",
+        "x0: reconstruction of the predicted latents; sds: the classic gradient",
+        choices=("x0", "sds"),
+    )
+    t_start: float = setting(0.98, "time at the start, of 1", min=0, max=1)
+    t_min: float = setting(0.02, "least time at the end", min=0, max=1)
+    t_max: float = setting(0.50, "greatest time at the end", min=0, max=1)
+    anneal: float = setting(0.8, "share of the run over which the times fall", min=0.001, max=1)
+
     # pictures
-    coarse_size: int = field(default=64, metadata={"help": "pixels of a rendering at first", "min": 8})
-    coarse_sets: int = field(default=2, metadata={"help": "sets of four views in a batch at first", "min": 1})
-    fine_size: int = field(default=256, metadata={"help": "pixels of a rendering later", "min": 8})
-    fine_sets: int = field(default=1, metadata={"help": "sets of four views in a batch later", "min": 1})
-    fine_from: float = field(default=0.5, metadata={"help": "share of the run after which the later size is used", "min": 0, "max": 1})
-    coarse_budget: int = field(default=1 << 18, metadata={"help": "samples of the field in a step at first", "min": 1024})
-    fine_budget: int = field(default=1 << 20, metadata={"help": "samples of the field in a step later", "min": 1024})
-    step_size: float = field(default=render.DIAGONAL / 512, metadata={"help": "distance between samples", "min": 0.001, "max": 0.2})
-    random_background: float = field(default=0.5, metadata={"help": "share of steps with one random colour behind instead of the "
-                                                                    "learned environment", "min": 0, "max": 1})
-    grey_background: bool = field(default=False, metadata={"help": "the random colours are greys"})
-    shading: bool = field(default=False, metadata={"help": "point light, textureless steps and orientation loss"})
-    shading_from: float = field(default=0.5, metadata={"help": "share of the run before the light goes on", "min": 0, "max": 1})
+    views: int = setting(cameras.VIEWS, "views of a set, evenly round the object", min=1, max=64)
+    coarse_size: int = setting(64, "pixels of a rendering at first", min=8)
+    coarse_sets: int = setting(2, "sets of views in a batch at first", min=1)
+    fine_size: int = setting(256, "pixels of a rendering later", min=8)
+    fine_sets: int = setting(1, "sets of views in a batch later", min=1)
+    fine_from: float = setting(
+        0.5, "share of the run after which the later size is used", min=0, max=1
+    )
+    coarse_budget: int = setting(1 << 18, "samples of the field in a step at first", min=1024)
+    fine_budget: int = setting(1 << 20, "samples of the field in a step later", min=1024)
+    step_size: float = setting(
+        render.DIAGONAL / 512, "distance between samples", min=0.001, max=0.2
+    )
+    random_background: float = setting(
+        0.5,
+        "share of steps with one random colour behind instead of the learned environment",
+        min=0,
+        max=1,
+    )
+    grey_background: bool = setting(False, "the random colours are greys")
+    shading: bool = setting(False, "point light, textureless steps and orientation loss")
+    shading_from: float = setting(
+        0.5, "share of the run before the light goes on", min=0, max=1
+    )
+
     # the field
-    levels: int = field(default=16, metadata={"help": "levels of the hash grid", "min": 1})
-    log2_entries: int = field(default=19, metadata={"help": "entries of a level, as a power of two", "min": 8, "max": 24})
-    coarsest: int = field(default=16, metadata={"help": "cells along the coarsest level", "min": 2})
-    finest: int = field(default=4096, metadata={"help": "cells along the finest level", "min": 2})
-    hidden: int = field(default=64, metadata={"help": "width of the field's networks", "min": 1})
-    blob_strength: float = field(default=10.0, metadata={"help": "density that the centre starts with"})
-    lr_grid: float = field(default=0.01, metadata={"help": "learning rate of the hash grid", "min": 0})
-    lr: float = field(default=0.001, metadata={"help": "learning rate of the networks", "min": 0})
-    occupancy_cells: int = field(default=64, metadata={"help": "cells along each side of the occupancy grid", "min": 4, "max": 256})
-    occupancy_every: int = field(default=16, metadata={"help": "steps between visits to the occupancy grid", "min": 1})
-    occupancy_warm_up: float = field(default=0.0256, metadata={"help": "share of the run in which a visit takes in every cell",
-                                                               "min": 0, "max": 1})
-    density_threshold: float = field(default=25.0, metadata={"help": "density at the mesh's surface", "min": 0})
+    encoding: str = setting("hash", "how it encodes points", choices=tuple(ENCODINGS))
+    levels: int = setting(16, "levels of the hash grid", min=1)
+    log2_entries: int = setting(19, "entries of a level, as a power of two", min=8, max=24)
+    coarsest: int = setting(16, "cells along the coarsest level", min=2)
+    finest: int = setting(4096, "cells along the finest level", min=2)
+    hidden: int = setting(64, "width of the field's networks", min=1)
+    blob_strength: float = setting(10.0, "density that the centre starts with")
+    lr_grid: float = setting(0.01, "learning rate of the encoding", min=0)
+    lr: float = setting(0.001, "learning rate of the networks", min=0)
+    occupancy_cells: int = setting(
+        64, "cells along each side of the occupancy grid", min=4, max=256
+    )
+    occupancy_every: int = setting(16, "steps between visits to the occupancy grid", min=1)
+    occupancy_warm_up: float = setting(
+        0.0256, "share of the run in which a visit takes in every cell", min=0, max=1
+    )
+    density_threshold: float = setting(25.0, "density at the mesh's surface", min=0)
 
 
-# ---------------------------------------------------------------- random draws and the loss
+# ---- random draws ----------------------------------------------------------------------------
 
 def time_range(progress, t_min=(0.98, 0.02), t_max=(0.98, 0.50), anneal=0.8):
-    """The annealed range of t as fractions of 1000: each end goes in a straight line from its first to its last value while
-    `progress` (the share of the run that is done, 0..1) goes from 0 to `anneal`, then stays. Returns (low, high)."""
+    """The annealed range of t: (low, high), as fractions of 1000.
+
+    Each end goes in a straight line from its first to its last value while `progress` (the share
+    of the run that is done, 0..1) goes from 0 to `anneal`; then it stays.
+    """
     share = min(progress / anneal, 1.0)
-    return tuple(first + share * (last - first) for first, last in (t_min, t_max))
+    low = t_min[0] + share * (t_min[1] - t_min[0])
+    high = t_max[0] + share * (t_max[1] - t_max[0])
+    return low, high
 
 
 def draw_time(low, high, sets, device):
-    """One integer t ~ U[low, high]·1000, shared by all sets of the batch: [sets] int64."""
+    """One integer t ~ U[low, high] · 1000, shared by all sets of the batch: [sets] int64."""
     u = torch.rand((), device=device)
-    return ((low + (high - low) * u) * diffusion.NUM_TIMESTEPS).long().clamp(0, diffusion.NUM_TIMESTEPS - 1).expand(sets)
+    t = ((low + (high - low) * u) * diffusion.NUM_TIMESTEPS).long()
+    return t.clamp(0, diffusion.NUM_TIMESTEPS - 1).expand(sets)
 
 
-def draw_cameras(sets, views, device, elevation=(0.0, 30.0), fov_deg=(15.0, 60.0), distance=(0.8, 1.0)):
-    """Random sets of cameras round the object, their azimuths 360/views degrees apart (MVDream, appendix).
+def draw_cameras(
+    sets, views, device, *, elevation=(0.0, 30.0), fov_deg=(15.0, 60.0), distance=(0.8, 1.0)
+):
+    """Random sets of cameras round the object, the views of a set 360/views degrees apart.
 
-    Elevation: half of the time uniform in degrees, else uniform on the sphere, asin(U[0, 1/3]). Distance: U[distance]/tan(fov/2).
-    One draw of everything a set. Returns c2w [sets, views, 4, 4] and fov [sets] in degrees.
+    MVDream, appendix. The elevation is half of the time uniform in degrees, else uniform on the
+    sphere, asin(U[0, 1/3]); the distance is U[distance] / tan(fov/2). A set shares its elevation,
+    field of view and distance. Returns c2w [sets, views, 4, 4] and fov [sets], in degrees.
     """
     def uniform(low, high):
         return low + (high - low) * torch.rand(sets, device=device)
 
     on_sphere = torch.rad2deg(torch.asin(torch.rand(sets, device=device) / 3))
-    elevation = torch.where(torch.rand(sets, device=device) < 0.5, uniform(*elevation), on_sphere)[:, None]  # [sets, 1]
-    azimuth = (torch.rand(sets, 1, device=device) + torch.arange(views, device=device)) * (360 / views)        # [sets, views]
+    in_degrees = torch.rand(sets, device=device) < 0.5
+    elevations = torch.where(in_degrees, uniform(*elevation), on_sphere)[:, None]  # [sets, 1]
+    turn = torch.rand(sets, 1, device=device) + torch.arange(views, device=device)
+    azimuths = turn * (360 / views)  # [sets, views]
     fov = uniform(*fov_deg)
-    away = uniform(*distance) / torch.tan(torch.deg2rad(fov) / 2)
-    return cameras.orbit(elevation, azimuth, away[:, None]), fov
+    distances = uniform(*distance) / torch.tan(torch.deg2rad(fov) / 2)
+    return cameras.orbit(elevations, azimuths, distances[:, None]), fov
 
 
-def target(unet, x_t, t, context, camera, guidance, rescale):
-    """The model's guided prediction: (x̂0 [B, V, c, h, w], ε̂ [B, V, c, h, w]), both float32.
+# ---- the loss --------------------------------------------------------------------------------
 
-    context [2B, L, D]: the prompt's, then the negative prompt's; camera [B, V, 16], or None for the 2D mode. `rescale` mixes in x̂0
-    with the standard deviation that the unguided one has over (V, c, h, w) (Lin et al. 2023, §3.4).
+def target(unet, x_t, t, context, camera, *, guidance, rescale):
+    """The model's guided prediction for one set: (x̂_0, ε̂), [1, V, c, h, w] each, float32.
+
+    x_t [1, V, c, h, w], t [1]; context [2, L, D]: the prompt, then the negative prompt;
+    camera [1, V, 16], or None for the 2D mode. `rescale` mixes in x̂_0 with the standard
+    deviation that the unguided one has over (V, c, h, w) (Lin et al. 2023, §3.4).
     """
-    def ask(i):                                                                  # one set, both halves: one shape for the compiler
-        x, time, seen_from = (None if given is None else torch.cat(2 * [given[i:i + 1]]) for given in (x_t, t, camera))
-        return unet(x, time, context[i::len(x_t)].contiguous(), seen_from).float()       # [2, V, c, h, w]
-
-    conditional, unconditional = torch.stack([ask(i) for i in range(len(x_t))], 1)
+    camera = None if camera is None else torch.cat([camera, camera])
+    both = diffusion.predict_noise(
+        unet, torch.cat([x_t, x_t]), torch.cat([t, t]), context, camera
+    )
+    conditional, unconditional = both.split(1)
     eps = diffusion.guide(conditional, unconditional, guidance)
     x0 = diffusion.predict_x0(x_t, t, eps)
-    return diffusion.rescale(x0, diffusion.predict_x0(x_t, t, conditional), rescale), eps
+    x0_unguided = diffusion.predict_x0(x_t, t, conditional)
+    return diffusion.rescale(x0, x0_unguided, rescale), eps
 
 
-def loss(unet, x0, t, context, camera, guidance, rescale=0.5, kind="x0", noise=None):
-    """The distillation loss of rendered latents x0 [B, V, c, h, w] (scaled, with gradient); a number to minimise.
+def targets(unet, x_t, t, context, camera, *, guidance, rescale):
+    """`target` of B sets: x_t [B, V, c, h, w], t [B], context [2B, L, D], camera [B, V, 16].
 
-    kind "x0":  ½ ‖x0 − sg(x̂0)‖² / (B·V)                                    (MVDream eq. 4, with guidance rescale)
-    kind "sds": a loss whose gradient is w(t)(ε̂ − ε) / (B·V), w = 1 − ᾱ_t   (DreamFusion eq. 3); no rescale
-    t [B]; context, camera, guidance as in `target`. noise: standard normal like x0, drawn if not given.
+    The network is asked set by set, with tensors of one shape and layout, so that a compiler sees
+    it once, however many sets there are.
     """
-    x0 = x0.float().contiguous()                                                 # noise is drawn in the order of memory
+    prompts = context.unflatten(0, (2, -1))  # [2, B, L, D]
+    x0s, noises = [], []
+    for i in range(len(x_t)):
+        one = slice(i, i + 1)
+        x0, eps = target(
+            unet,
+            x_t[one],
+            t[one],
+            prompts[:, i].contiguous(),
+            None if camera is None else camera[one],
+            guidance=guidance,
+            rescale=rescale,
+        )
+        x0s.append(x0)
+        noises.append(eps)
+    return torch.cat(x0s), torch.cat(noises)
+
+
+def distillation_loss(
+    unet, x0, t, context, camera, *, guidance, rescale=0.5, kind="x0", noise=None
+):
+    """The distillation loss of rendered latents, and what the model predicts: (loss [], x̂_0).
+
+    kind "x0":  ½ ‖x_0 - sg(x̂_0)‖² / (B·V)                (MVDream eq. 4, guidance rescale)
+    kind "sds": a loss whose gradient is w(t) (ε̂ - ε) / (B·V), w = 1 - ᾱ_t, without rescale
+                                                           (DreamFusion eq. 3)
+    x0 [B, V, c, h, w]: scaled, with gradient; t [B]; context and camera as in `targets`. noise:
+    standard normal like x0; drawn if not given, in the order of a contiguous x0, whatever its
+    layout in memory.
+    """
+    x0 = x0.float().contiguous()
     noise = torch.randn_like(x0) if noise is None else noise
     with torch.no_grad():
         x_t = diffusion.q_sample(x0, t, noise)
-        x0_hat, eps = target(unet, x_t, t, context, camera, guidance, rescale if kind == "x0" else 0.0)
+        phi = rescale if kind == "x0" else 0.0
+        x0_hat, eps = targets(unet, x_t, t, context, camera, guidance=guidance, rescale=phi)
+        aim = x0_hat
         if kind == "sds":
-            weight = 1 - diffusion.alphas_cumprod(x0.device)[t][:, None, None, None, None]
-            x0_hat = x0 - weight * (eps - noise)
-    return 0.5 * ((x0 - x0_hat) ** 2).sum() / math.prod(x0.shape[:2])
+            weight = 1 - diffusion.alpha_bar(t, x0)
+            aim = x0 - weight * (eps - noise)
+    views = math.prod(x0.shape[:2])
+    return 0.5 * ((x0 - aim) ** 2).sum() / views, x0_hat
 
 
-# ---------------------------------------------------------------- one step of the loop
+# ---- one run ---------------------------------------------------------------------------------
 
 class Stage(NamedTuple):
-    """What a step renders: sets of four views of size x size pixels, with so many samples of the field."""
+    """What a step renders: `sets` sets of views of size × size pixels, with `budget` samples."""
     size: int
     sets: int
     budget: int
 
 
 def stages(s):
-    """What the Settings s render at first, and from s.fine_from on: [Stage, Stage]."""
-    return [Stage(s.coarse_size, s.coarse_sets, s.coarse_budget), Stage(s.fine_size, s.fine_sets, s.fine_budget)]
+    """What the settings s render at first, and from s.fine_from on: [Stage, Stage]."""
+    coarse = Stage(s.coarse_size, s.coarse_sets, s.coarse_budget)
+    fine = Stage(s.fine_size, s.fine_sets, s.fine_budget)
+    return [coarse, fine]
 
 
-class Schedule:
-    """What changes in the course of a run, as tensors [], so that a step which was captured once reads what is new."""
-
-    def __init__(self, device):
-        self.low, self.high, self.light, self.orientation = (torch.zeros((), device=device) for _ in range(4))
-
-    def set(self, s, progress):
-        """s: Settings; progress: the share of the run that is done, 0..1."""
-        for value, tensor in zip(time_range(progress, (s.t_start, s.t_min), (s.t_start, s.t_max), s.anneal), (self.low, self.high)):
-            tensor.fill_(value)
-        self.light.fill_(progress >= s.shading_from)
-        self.orientation.fill_(ORIENTATION[0] + (ORIENTATION[1] - ORIENTATION[0]) * min(1.0, progress / max(s.shading_from, 1e-9)))
-
-
-def make_field(s, device):
-    """A new field with its occupancy grid and its optimizer, as the Settings s ask: (NeRF, OccupancyGrid, AdamW) on a device."""
-    nerf = NeRF(NeRFConfig(levels=s.levels, log2_entries=s.log2_entries, coarsest=s.coarsest, finest=s.finest, hidden=s.hidden,
-                           blob_strength=s.blob_strength)).to(device)
-    networks = [p for name, p in nerf.named_parameters() if not name.startswith("grid.")]
-    cuda = torch.device(device).type == "cuda"
-    optimizer = torch.optim.AdamW([{"params": list(nerf.grid.parameters()), "lr": s.lr_grid}, {"params": networks, "lr": s.lr}],
-                                  betas=(0.9, 0.99), eps=1e-15, fused=cuda, capturable=cuda)
-    return nerf, render.OccupancyGrid(s.occupancy_cells).to(device), optimizer
+class Draws(NamedTuple):
+    """All random numbers of the pictures of a step."""
+    c2w: torch.Tensor         # [B, V, 4, 4]
+    fov: torch.Tensor         # [B], degrees
+    colour: torch.Tensor      # [3], the plain background
+    plain: torch.Tensor       # [] bool: that, or the learned environment
+    light: torch.Tensor       # [B, V, 3], the lamp's position; None without shading
+    kind: torch.Tensor        # [] in [0, 1): albedo, diffuse or textureless; None likewise
+    softness: torch.Tensor    # [] in [0, 1); None likewise
+    jitter: torch.Tensor      # [R], see `render.draw_jitter`
+    phase: torch.Tensor       # []
 
 
-def make_step(s, model, nerf, occupancy, optimizer, context, schedule, stage):
-    """One optimisation step with shapes that never change: a function that returns the loss [], float32, without waiting for the device.
+class Step(NamedTuple):
+    """What a step says of itself."""
+    loss: torch.Tensor        # [], the distillation loss
+    gradient: torch.Tensor    # [], the norm of the field's gradient
+    opacity: torch.Tensor     # [], the mean over all rays
+    x0_hat: torch.Tensor      # [B, V, c, h, w], the predicted clean latents
 
-    s: Settings; nerf, occupancy, optimizer from `make_field`; context [2, L, D]: prompt and negative prompt; schedule: a Schedule, read
-    at every call; stage: a Stage. With s.compile, torch.compile fuses the rendering, and `MVDream.compile_networks` should have done
-    the same for the model.
+
+def pick(config_class, s):
+    """A config whose fields have the values of the settings s of the same name, else its own."""
+    names = [field.name for field in fields(config_class)]
+    return config_class(**{name: getattr(s, name) for name in names if hasattr(s, name)})
+
+
+class Distillation:
+    """The field of a run, and the step that improves it.
+
+    `step` is `draw`, `render`, encode, noise, ask the model, and back. No shape in it depends on
+    data, and nothing in it waits for the device, so that a CUDA graph can hold it: no `.item()`,
+    no boolean indexing, no branch on a tensor, no tensor made of Python numbers. What changes in
+    the course of a run is read from tensors, which `anneal` sets between two steps.
     """
-    device, (size, sets, budget) = context.device, stage
-    context = context.repeat_interleave(sets, 0)                                 # [2·sets, L, D]
 
-    def draw():
-        """All random numbers of a picture: what is compiled draws none, so it shows what the eager step shows."""
-        c2w, fov = draw_cameras(sets, VIEWS, device)                             # [sets, V, 4, 4] [sets]
+    def __init__(self, s, model, context):
+        """s: DistillSettings; model: MVDream; context [2, L, D]: prompt and negative prompt."""
+        self.s = s
+        self.model = model
+        self.context = context
+        self.device = device = context.device
+        _, encoding_config = ENCODINGS[s.encoding]
+        config = pick(NeRFConfig, s)
+        config.grid = pick(encoding_config, s)
+        self.nerf = NeRF(config).to(device)
+        self.occupancy = render.OccupancyGrid(s.occupancy_cells).to(device)
+        cuda = device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(
+            self.nerf.parameter_groups(), betas=(0.9, 0.99), eps=1e-15, fused=cuda, capturable=cuda
+        )
+        self.t_low = torch.zeros((), device=device)
+        self.t_high = torch.zeros((), device=device)
+        # 0 before the light goes on, then 1.
+        self.lit = torch.zeros((), device=device)
+        self.orientation = torch.zeros((), device=device)
+        self.begin(stages(s)[0])
+
+    def begin(self, stage, compiled=False):
+        """From here on, steps render this Stage; compiled: torch.compile fuses the rendering."""
+        self.stage = stage
+        self.rendering = torch.compile(self.render, dynamic=False) if compiled else self.render
+
+    def anneal(self, progress):
+        """Set what changes in the course of a run. progress: the share that is done, 0..1."""
+        s = self.s
+        low, high = time_range(progress, (s.t_start, s.t_min), (s.t_start, s.t_max), s.anneal)
+        share = min(1.0, progress / max(s.shading_from, 1e-9))
+        self.t_low.fill_(low)
+        self.t_high.fill_(high)
+        self.lit.fill_(progress >= s.shading_from)
+        self.orientation.fill_(ORIENTATION[0] + share * (ORIENTATION[1] - ORIENTATION[0]))
+
+    def draw(self):
+        """All random numbers of a picture, so that what is compiled draws none itself: Draws."""
+        s, device, stage = self.s, self.device, self.stage
+        c2w, fov = draw_cameras(stage.sets, s.views, device)
         colour = torch.rand(1 if s.grey_background else 3, device=device).expand(3)
         plain = torch.rand((), device=device) < s.random_background
-        lamp = (torch.rand(2, device=device), render.draw_light(c2w[..., :3, 3])) if s.shading else None
-        return c2w, fov, colour, plain, lamp, *render.draw_offsets(sets * VIEWS * size * size, device)
-
-    def picture(c2w, fov, colour, plain, lamp, jitter, phase):
-        """-> images [sets, V, 3, H, W] in [-1, 1], orientation loss."""
-        origins, directions = cameras.rays(c2w, fov[:, None].expand(sets, VIEWS), size)
-        origins, directions = origins.reshape(-1, 3), directions.reshape(-1, 3)  # [R, 3]
-        background = torch.where(plain, colour, nerf.background(directions))     # [R, 3]
-        shading = None
+        light = kind = softness = None
         if s.shading:
-            draws, position = lamp                                               # [2] [sets, V, 3]
-            kind, softness = draws.unbind()
-            lit, white = kind > 0.25, kind > 0.625                               # albedo 25%, diffuse 37.5%, textureless 37.5%
-            light = position[..., None, :].expand(-1, -1, size * size, -1).reshape(-1, 3)        # one a ray, [R, 3]
-            shading = render.Shading(light, softness * lit * schedule.light, white * schedule.light)
-        seen = render.render(nerf, occupancy, origins, directions, background, budget, s.step_size, jitter, phase, shading)
-        images = seen.rgb.view(sets * VIEWS, size, size, 3).movedim(-1, 1)       # [sets·V, 3, H, W]
-        images = F.interpolate(images, (model.config.size,) * 2, mode="bilinear", antialias=size > model.config.size)
+            kind, softness = torch.rand(2, device=device).unbind()
+            light = render.draw_light(c2w[..., :3, 3])
+        ray_count = stage.sets * s.views * stage.size**2
+        jitter, phase = render.draw_jitter(ray_count, device)
+        return Draws(c2w, fov, colour, plain, light, kind, softness, jitter, phase)
+
+    def render(self, draws):
+        """The field's images [B, V, 3, H, W] in [-1, 1], mean opacity [], orientation loss []."""
+        s, (size, sets, budget) = self.s, self.stage
+        fov = draws.fov[:, None].expand(sets, s.views)
+        origins, directions = cameras.rays(draws.c2w, fov, size)
+        origins, directions = origins.reshape(-1, 3), directions.reshape(-1, 3)  # [R, 3]
+        background = torch.where(draws.plain, draws.colour, self.nerf.background(directions))
+        seen = render.render_rays(
+            self.nerf,
+            self.occupancy,
+            origins,
+            directions,
+            background,
+            budget=budget,
+            step=s.step_size,
+            jitter=draws.jitter,
+            phase=draws.phase,
+            shading=self.shading(draws) if s.shading else None,
+        )
+        images = seen.rgb.view(sets * s.views, size, size, 3).movedim(-1, 1)  # [B·V, 3, H, W]
+        pixels = self.model.config.size
+        images = F.interpolate(
+            images, (pixels, pixels), mode="bilinear", antialias=size > pixels
+        )
         penalty = 0.0
         if s.shading:
-            penalty = render.orientation_loss(seen.weights, seen.normals, directions[seen.samples.ray], seen.opacity)
-        return (2 * images - 1).unflatten(0, (sets, VIEWS)), penalty
+            towards = directions[seen.samples.ray]
+            penalty = render.orientation_loss(seen.weights, seen.normals, towards, seen.opacity)
+        images = (2 * images - 1).unflatten(0, (sets, s.views))
+        return images, seen.opacity.detach().mean(), penalty
 
-    if s.compile:
-        picture = torch.compile(picture, dynamic=False)
+    def shading(self, draws):
+        """The light of a step: albedo alone 25%, diffuse 37.5%, textureless 37.5% of the time."""
+        pixels = self.stage.size**2
+        diffuse = draws.kind > 0.25
+        textureless = draws.kind > 0.625
+        light = draws.light[..., None, :].expand(-1, -1, pixels, -1).reshape(-1, 3)  # [R, 3]
+        softness = draws.softness * diffuse * self.lit
+        return render.Shading(light, softness, textureless * self.lit)
 
-    def step():
-        c2w, *numbers = draw()
-        images, penalty = picture(c2w, *numbers)
-        latents = torch.cat([model.encode(of_set, sample=True) for of_set in images.split(1)])   # [sets, V, c, h, w]
-        t = draw_time(schedule.low, schedule.high, sets, device)
-        camera = cameras.camera_numbers(c2w) if s.mode == "3d" else None
-        distilled = loss(model.unet, latents, t, context, camera, s.guidance, s.rescale, s.loss)
-        total = distilled + schedule.orientation * penalty if s.shading else distilled
-        optimizer.zero_grad(set_to_none=True)
+    def step(self):
+        """One optimisation step: Step. It does not wait for the device."""
+        s, sets = self.s, self.stage.sets
+        draws = self.draw()
+        images, opacity, penalty = self.rendering(draws)
+        latents = [self.model.encode(of_set, sample=True) for of_set in images.split(1)]
+        latents = torch.cat(latents)  # [B, V, c, h, w]
+        t = draw_time(self.t_low, self.t_high, sets, self.device)
+        camera = cameras.extrinsics(draws.c2w) if s.mode == "3d" else None
+        loss, x0_hat = distillation_loss(
+            self.model.unet,
+            latents,
+            t,
+            self.context.repeat_interleave(sets, 0),
+            camera,
+            guidance=s.guidance,
+            rescale=s.rescale,
+            kind=s.loss,
+        )
+        total = loss + self.orientation * penalty if s.shading else loss
+        self.optimizer.zero_grad(set_to_none=True)
         total.backward()
-        optimizer.step()
-        return distilled.detach()
+        gradients = [p.grad for p in self.nerf.parameters() if p.grad is not None]
+        gradient = torch.nn.utils.get_total_norm(gradients)
+        self.optimizer.step()
+        return Step(loss.detach(), gradient, opacity, x0_hat)
 
-    return step
+    def state_dict(self):
+        """What a checkpoint holds of the field."""
+        return {
+            "nerf": self.nerf.state_dict(),
+            "occupancy": self.occupancy.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }

@@ -1,250 +1,492 @@
-"""The names of every checkpoint layout <-> ours, and the size of a model from its tensors. Reading the files: `checkpoint.py`.
+"""Names of tensors: every checkpoint layout <-> ours, and the sizes of a model from its tensors.
 
-Stable Diffusion 2 and MVDream come in two layouts. LDM's is one file, as their authors' code writes it. diffusers' is a folder
-with one file a part; some of those kept LDM's names inside the parts. Our own is one file of `unet.*`, `vae.*`, `text.*`.
+A model has three parts: "unet", "vae" and "text" (the text tower), as MVDream has attributes.
+Inside its part, a tensor has the name that the part's `state_dict()` gives it. For example
 
-A rule is a pair (theirs, ours). `#` stands for a number; `ours` may be a function of those numbers. A name is rewritten by every
-rule of its part in turn. A rule with a dot in front fits anywhere inside a name, the others fit its beginning. The rules of all
-layouts can be applied to any name, since a name in ours fits none. LDM's rules, read backwards, write its names.
+    model.diffusion_model.input_blocks.1.0.in_layers.2.weight    in MVDream's file
+    unet                 .encoder.1.res.conv1.weight             here
+
+Three layouts are known. `checkpoint.read` returns a dict {name: tensor} for each of them:
+
+- LDM: one file, as the authors of Stable Diffusion 2 and MVDream published it;
+- diffusers: a folder with one file per part; the subfolder's name stands in front of each name;
+- ours: one file. In older ones the text tower has LDM's names behind "text.tower.".
+
+PREFIXES tells the part of a name. The part's rules (`rules_for`) then rewrite the rest, one after
+the other. A rule is a pair (theirs, ours), where "#" stands for a number. A rule that starts with
+a dot fits anywhere inside a name, any other only its beginning. The rules of all layouts may be
+applied to any name, since a name that is ours already fits none. LDM's rules, read backwards,
+write LDM's names.
+
+To add a layout: put its prefixes into PREFIXES, write a table of rules per part and add it to
+`rules_for`, put what is not a weight into IGNORED, and a case into tests/test_weights.py.
 """
-import itertools
 import re
-import statistics
 
 import torch
 
 from . import diffusion
-from .tools.errors import UserError
 from .text import TextConfig
+from .tools.errors import UserError
 from .unet import UNetConfig
 from .vae import VAEConfig
 
-# ---- LDM: the released file ------------------------------------------------------------------------------------------------
+READABLE = "mvd reads MVDream and Stable Diffusion 2"
+
+PREFIXES = {
+    # LDM
+    "model.diffusion_model.": "unet",
+    "first_stage_model.": "vae",
+    "cond_stage_model.model.": "text",
+    # diffusers and ours
+    "unet.": "unet",
+    "vae.": "vae",
+    # diffusers
+    "text_encoder.": "text",
+    # ours
+    "text.": "text",
+}
+
+# ---- LDM: the file that the authors published ------------------------------------------------
 
 LDM_UNET = [
-    ("time_embed.", "time_mlp."), ("camera_embed.", "camera_mlp."),
-    ("input_blocks.0.0.", "encoder.0.conv."), ("input_blocks.#.0.op.", "encoder.#.down."),
-    ("input_blocks.#.0.", "encoder.#.res."), ("input_blocks.#.1.", "encoder.#.attention."),
-    ("middle_block.0.", "middle.0.res."), ("middle_block.1.", "middle.1.attention."), ("middle_block.2.", "middle.2.res."),
-    ("output_blocks.#.1.conv.", "decoder.#.up."), ("output_blocks.#.2.conv.", "decoder.#.up."),     # after a transformer: 2
-    ("output_blocks.#.0.", "decoder.#.res."), ("output_blocks.#.1.", "decoder.#.attention."),
-    ("out.0.", "norm_out."), ("out.2.", "conv_out."),
-    (".res.in_layers.0.", ".res.norm1."), (".res.in_layers.2.", ".res.conv1."), (".res.emb_layers.1.", ".res.embed."),
-    (".res.out_layers.0.", ".res.norm2."), (".res.out_layers.3.", ".res.conv2."), (".res.skip_connection.", ".res.skip."),
+    ("time_embed.", "time_mlp."),
+    ("camera_embed.", "camera_mlp."),
+    ("input_blocks.0.0.", "encoder.0.conv."),
+    ("input_blocks.#.0.op.", "encoder.#.down."),
+    ("input_blocks.#.0.", "encoder.#.res."),
+    ("input_blocks.#.1.", "encoder.#.attention."),
+    ("middle_block.0.", "middle.0.res."),
+    ("middle_block.1.", "middle.1.attention."),
+    ("middle_block.2.", "middle.2.res."),
+    # LDM numbers the layers of a block: the upsampling is 2 behind a transformer, else 1.
+    ("output_blocks.#.1.conv.", "decoder.#.up."),
+    ("output_blocks.#.2.conv.", "decoder.#.up."),
+    ("output_blocks.#.0.", "decoder.#.res."),
+    ("output_blocks.#.1.", "decoder.#.attention."),
+    ("out.0.", "norm_out."),
+    ("out.2.", "conv_out."),
+    (".res.in_layers.0.", ".res.norm1."),
+    (".res.in_layers.2.", ".res.conv1."),
+    (".res.emb_layers.1.", ".res.embed."),
+    (".res.out_layers.0.", ".res.norm2."),
+    (".res.out_layers.3.", ".res.conv2."),
+    (".res.skip_connection.", ".res.skip."),
     (".attention.transformer_blocks.0.norm#.", ".attention.norm#."),
-    (".transformer_blocks.0.attn1.", ".self_attention."), (".transformer_blocks.0.attn2.", ".cross_attention."),
-    (".to_out.0.", ".to_out."), (".transformer_blocks.0.ff.net.0.proj.", ".feed_in."),
+    (".transformer_blocks.0.attn1.", ".self_attention."),
+    (".transformer_blocks.0.attn2.", ".cross_attention."),
+    (".to_out.0.", ".to_out."),
+    (".transformer_blocks.0.ff.net.0.proj.", ".feed_in."),
     (".transformer_blocks.0.ff.net.2.", ".feed_out."),
 ]
+
 LDM_VAE = [
-    (".block.", ".blocks."), (".downsample.conv.", ".downsample."), (".upsample.conv.", ".upsample."),
-    (".nin_shortcut.", ".shortcut."), (".mid.block_1.", ".middle.0."), (".mid.attn_1.", ".middle.1."),
-    (".mid.block_2.", ".middle.2."), (".middle.1.q.", ".middle.1.query."), (".middle.1.k.", ".middle.1.key."),
-    (".middle.1.v.", ".middle.1.value."), (".middle.1.proj_out.", ".middle.1.out."),
+    (".block.", ".blocks."),
+    (".downsample.conv.", ".downsample."),
+    (".upsample.conv.", ".upsample."),
+    (".nin_shortcut.", ".shortcut."),
+    (".mid.block_1.", ".middle.0."),
+    (".mid.attn_1.", ".middle.1."),
+    (".mid.block_2.", ".middle.2."),
+    (".middle.1.q.", ".middle.1.query."),
+    (".middle.1.k.", ".middle.1.key."),
+    (".middle.1.v.", ".middle.1.value."),
+    (".middle.1.proj_out.", ".middle.1.out."),
 ]
+
 LDM_TEXT = [
-    ("transformer.resblocks.#.", "blocks.#."), ("ln_final.", "norm_out."), (".ln_#.", ".norm#."), (".attn.in_proj_", ".qkv."),
-    (".attn.out_proj.", ".out."), (".mlp.c_fc.", ".feed_in."), (".mlp.c_proj.", ".feed_out."),
+    ("transformer.resblocks.#.", "blocks.#."),
+    (".ln_#.", ".norm#."),
+    (".attn.in_proj_", ".qkv."),
+    (".attn.out_proj.", ".out."),
+    (".mlp.c_fc.", ".feed_in."),
+    (".mlp.c_proj.", ".feed_out."),
+    ("ln_final.", "norm_out."),
 ]
-OLDER_TEXT = [("tower.", "")]                     # files of ours from when the tower was open_clip's; then LDM's names
-LDM = {"unet": ("model.diffusion_model.", LDM_UNET), "vae": ("first_stage_model.", LDM_VAE),
-       "text": ("cond_stage_model.model.", LDM_TEXT)}                           # the file's prefix of a part, and its rules
+
+# What stands in front of a part's names in the file, and the rules for the rest.
+LDM = {
+    "unet": ("model.diffusion_model.", LDM_UNET),
+    "vae": ("first_stage_model.", LDM_VAE),
+    "text": ("cond_stage_model.model.", LDM_TEXT),
+}
+
+# ---- diffusers: a folder with one file per part ----------------------------------------------
 
 
-# ---- diffusers -------------------------------------------------------------------------------------------------------------
+def diffusers_unet(levels, blocks):
+    """The rules of a UNet with `blocks` ResBlocks in each level of the encoder.
 
-def diffusers_unet(blocks):
-    """blocks: ResBlocks a level of the encoder. diffusers counts them anew in each level; LDM, and we, count all through, and give
-    the input convolution and each downsampling a number of its own. A level of the decoder has one ResBlock more."""
-    level = blocks + 1
-    return [
-        ("time_embedding.linear_1.", "time_mlp.0."), ("time_embedding.linear_2.", "time_mlp.2."), ("conv_in.", "encoder.0.conv."),
-        ("down_blocks.#.resnets.#.", lambda i, j: f"encoder.{1 + level * i + j}.res."),
-        ("down_blocks.#.attentions.#.", lambda i, j: f"encoder.{1 + level * i + j}.attention."),
-        ("down_blocks.#.downsamplers.0.conv.", lambda i: f"encoder.{level * (i + 1)}.down."),
-        ("mid_block.resnets.0.", "middle.0.res."), ("mid_block.attentions.0.", "middle.1.attention."),
+    diffusers starts to count anew in each level. LDM, and we, count through all levels, and the
+    encoder's input convolution and its downsamplings have numbers of their own. A level of the
+    decoder has one ResBlock more. The names inside a transformer are LDM's.
+    """
+    rules = [
+        ("time_embedding.linear_1.", "time_mlp.0."),
+        ("time_embedding.linear_2.", "time_mlp.2."),
+        ("conv_in.", "encoder.0.conv."),
+        ("mid_block.resnets.0.", "middle.0.res."),
+        ("mid_block.attentions.0.", "middle.1.attention."),
         ("mid_block.resnets.1.", "middle.2.res."),
-        ("up_blocks.#.resnets.#.", lambda i, j: f"decoder.{level * i + j}.res."),
-        ("up_blocks.#.attentions.#.", lambda i, j: f"decoder.{level * i + j}.attention."),
-        ("up_blocks.#.upsamplers.0.conv.", lambda i: f"decoder.{level * i + blocks}.up."),
-        ("conv_norm_out.", "norm_out."), (".res.time_emb_proj.", ".res.embed."), (".res.conv_shortcut.", ".res.skip."),
-    ]                                                                           # the transformers have LDM's names
+        ("conv_norm_out.", "norm_out."),
+    ]
+    for i in range(levels):
+        for j in range(blocks + 1):
+            n = i * (blocks + 1) + j
+            rules += [
+                (f"down_blocks.{i}.resnets.{j}.", f"encoder.{n + 1}.res."),
+                (f"down_blocks.{i}.attentions.{j}.", f"encoder.{n + 1}.attention."),
+                (f"up_blocks.{i}.resnets.{j}.", f"decoder.{n}.res."),
+                (f"up_blocks.{i}.attentions.{j}.", f"decoder.{n}.attention."),
+            ]
+        # n is now the number of the level's last block.
+        rules += [
+            (f"down_blocks.{i}.downsamplers.0.conv.", f"encoder.{n + 1}.down."),
+            (f"up_blocks.{i}.upsamplers.0.conv.", f"decoder.{n}.up."),
+        ]
+    rules += [
+        (".res.time_emb_proj.", ".res.embed."),
+        (".res.conv_shortcut.", ".res.skip."),
+    ]
+    return rules
 
 
 def diffusers_vae(levels):
-    """diffusers counts the decoder's levels in the order they run, coarsest first; LDM, and we, from the finest."""
-    return [
-        ("encoder.down_blocks.#.", "encoder.down.#."), ("decoder.up_blocks.#.", lambda i: f"decoder.up.{levels - 1 - i}."),
-        (".mid_block.resnets.0.", ".middle.0."), (".mid_block.attentions.0.", ".middle.1."), (".mid_block.resnets.1.", ".middle.2."),
-        (".resnets.#.", ".blocks.#."), (".conv_shortcut.", ".shortcut."), (".downsamplers.0.conv.", ".downsample."),
-        (".upsamplers.0.conv.", ".upsample."), (".conv_norm_out.", ".norm_out."), (".middle.1.group_norm.", ".middle.1.norm."),
-        (".middle.1.to_q.", ".middle.1.query."), (".middle.1.to_k.", ".middle.1.key."), (".middle.1.to_v.", ".middle.1.value."),
-        (".middle.1.to_out.0.", ".middle.1.out."), (".middle.1.proj_attn.", ".middle.1.out."),       # of 2022; query, key, value too
+    """The rules of a VAE with so many levels.
+
+    diffusers counts the decoder's levels as they run, coarsest first. LDM, and we, count from the
+    finest.
+    """
+    rules = [("encoder.down_blocks.#.", "encoder.down.#.")]
+    for i in range(levels):
+        rules.append((f"decoder.up_blocks.{i}.", f"decoder.up.{levels - 1 - i}."))
+    rules += [
+        (".mid_block.resnets.0.", ".middle.0."),
+        (".mid_block.attentions.0.", ".middle.1."),
+        (".mid_block.resnets.1.", ".middle.2."),
+        (".resnets.#.", ".blocks.#."),
+        (".conv_shortcut.", ".shortcut."),
+        (".downsamplers.0.conv.", ".downsample."),
+        (".upsamplers.0.conv.", ".upsample."),
+        (".conv_norm_out.", ".norm_out."),
+        (".middle.1.group_norm.", ".middle.1.norm."),
+        (".middle.1.to_q.", ".middle.1.query."),
+        (".middle.1.to_k.", ".middle.1.key."),
+        (".middle.1.to_v.", ".middle.1.value."),
+        (".middle.1.to_out.0.", ".middle.1.out."),
+        # Files of 2022 have this name, and query, key and value as we do.
+        (".middle.1.proj_attn.", ".middle.1.out."),
     ]
+    return rules
 
 
+# q_proj, k_proj and v_proj are left to `join_qkv`.
 DIFFUSERS_TEXT = [
-    ("text_model.", ""), ("embeddings.token_embedding.", "token_embedding."),
-    ("embeddings.position_embedding.weight", "positional_embedding"), ("encoder.layers.#.", "transformer.resblocks.#."),
-    ("final_layer_norm.", "ln_final."), (".self_attn.", ".attn."), (".layer_norm#.", ".ln_#."), (".mlp.fc1.", ".mlp.c_fc."),
-    (".mlp.fc2.", ".mlp.c_proj."),                                              # q_proj, k_proj, v_proj: joined in `convert`
+    ("text_model.", ""),
+    ("embeddings.token_embedding.", "token_embedding."),
+    ("embeddings.position_embedding.weight", "positional_embedding"),
+    ("encoder.layers.#.", "blocks.#."),
+    (".layer_norm#.", ".norm#."),
+    (".self_attn.out_proj.", ".out."),
+    (".self_attn.", "."),
+    (".mlp.fc1.", ".feed_in."),
+    (".mlp.fc2.", ".feed_out."),
+    ("final_layer_norm.", "norm_out."),
 ]
 
-# ---- what is not a weight of ours ------------------------------------------------------------------------------------------
+# ---- ours ------------------------------------------------------------------------------------
 
-IGNORED = (r"model_ema\.",                       # the average of a training that may go on; `model.*` is what its authors load
-           r"(logvar|lvlb_weights)$",            # of the loss
-           r"cond_stage_model\.model\.attn_mask$", r"text_encoder\.(text_model\.)?embeddings\.position_ids$")   # constants
-FOREIGN = {r"lora": "a LoRA, which only changes another model's weights",
-           r"^(conditioner|model\.diffusion_model\.label_emb|unet\.add_embedding)\.": "Stable Diffusion XL",
-           r"^cond_stage_model\.transformer\.": "Stable Diffusion 1",
-           r"^(conv_in|encoder\.conv_in|time_embed|embeddings|text_model)\.": "one part of a model; name the folder that holds all"}
-PREFIXES = {"model.diffusion_model.": "unet", "unet.": "unet", "first_stage_model.": "vae", "vae.": "vae",
-            "cond_stage_model.model.": "text", "text_encoder.": "text", "text.": "text"}
+# Until the text tower was our own, it was OpenCLIP's, with LDM's names behind "tower.".
+OLDER_TEXT = [("tower.", "")]
+
+# ---- what is not a weight of ours ------------------------------------------------------------
+
+IGNORED = [
+    # The moving average of a training that may go on; its authors load `model.*` instead.
+    r"model_ema\.",
+    # The loss.
+    r"(logvar|lvlb_weights)$",
+    # Constants.
+    r"cond_stage_model\.model\.attn_mask$",
+    r"text_encoder\.(text_model\.)?embeddings\.position_ids$",
+]
+
+# Names that only another kind of file has, and what that is.
+FOREIGN = {
+    r"lora": "a LoRA, which only changes another model's weights",
+    r"^conditioner\.": "Stable Diffusion XL",
+    r"^model\.diffusion_model\.label_emb\.": "Stable Diffusion XL",
+    r"^unet\.add_embedding\.": "Stable Diffusion XL",
+    r"^cond_stage_model\.transformer\.": "Stable Diffusion 1",
+    r"^(conv_in|encoder\.conv_in|time_embed|embeddings|text_model)\.":
+        "one part of a model; name the folder that holds all",
+}
 
 
 def schedule_buffers():
-    """The 12 tensors [1000] of the noise schedule that an LDM file carries. All follow from the betas (DDPM §2, eq. 4 and 7), so
-    reading ignores them; they are written because other tools want every name."""
+    """The 12 tensors [1000] of the noise schedule that an LDM file carries: {name: float32}.
+
+    All follow from the betas (DDPM §2, eq. 4 and 7), so reading ignores them. They are written
+    because other tools want every name.
+    """
     betas = diffusion.betas()
     abar = torch.cumprod(1 - betas, 0)
     before = torch.cat([torch.ones(1, dtype=abar.dtype), abar[:-1]])
     variance = betas * (1 - before) / (1 - abar)
     buffers = {
-        "betas": betas, "alphas_cumprod": abar, "alphas_cumprod_prev": before, "sqrt_alphas_cumprod": abar.sqrt(),
-        "sqrt_one_minus_alphas_cumprod": (1 - abar).sqrt(), "log_one_minus_alphas_cumprod": (1 - abar).log(),
-        "sqrt_recip_alphas_cumprod": (1 / abar).sqrt(), "sqrt_recipm1_alphas_cumprod": (1 / abar - 1).sqrt(),
-        "posterior_variance": variance, "posterior_log_variance_clipped": variance.clamp(min=1e-20).log(),
+        "betas": betas,
+        "alphas_cumprod": abar,
+        "alphas_cumprod_prev": before,
+        "sqrt_alphas_cumprod": abar.sqrt(),
+        "sqrt_one_minus_alphas_cumprod": (1 - abar).sqrt(),
+        "log_one_minus_alphas_cumprod": (1 - abar).log(),
+        "sqrt_recip_alphas_cumprod": (1 / abar).sqrt(),
+        "sqrt_recipm1_alphas_cumprod": (1 / abar - 1).sqrt(),
+        "posterior_variance": variance,
+        "posterior_log_variance_clipped": variance.clamp(min=1e-20).log(),
         "posterior_mean_coef1": betas * before.sqrt() / (1 - abar),
-        "posterior_mean_coef2": (1 - before) * (1 - betas).sqrt() / (1 - abar)}
+        "posterior_mean_coef2": (1 - before) * (1 - betas).sqrt() / (1 - abar),
+    }
     return {name: buffer.float() for name, buffer in buffers.items()}
 
 
-# ---- applying the rules ----------------------------------------------------------------------------------------------------
-
-def rename(name, rules):
-    """Rewrite a name by each rule (from, to) in turn."""
-    for old, new in rules:
-        pattern = ("" if old.startswith(".") else "^") + re.escape(old).replace(r"\#", r"(\d+)")
-        if callable(new):
-            name = re.sub(pattern, lambda match: new(*map(int, match.groups())), name)
-        else:
-            name = re.sub(pattern, new.replace("#", r"\1"), name)
-    return name
-
-
-def released_name(part, name, parts):
-    """The name that a tensor of ours has in MVDream's file. parts: all tensors, since LDM counts the layers of a block."""
-    prefix, rules = LDM[part]
-    theirs = rename(name, [(ours, old) for old, ours in reversed(rules)])
-    if part == "unet" and ".up." in name and not any(other.startswith(name.split("up")[0] + "attention.") for other in parts["unet"]):
-        theirs = theirs.replace(".2.conv.", ".1.conv.")                         # this level has no transformer
-    return prefix + theirs
-
-
-def to_released(parts):
-    """The inverse of `convert`: tensors in our names -> {name: tensor} as in MVDream's file, its schedule included."""
-    renamed = {released_name(part, name, parts): tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
-    return {**schedule_buffers(), **renamed}
-
-
-def most(names, pattern):
-    """The greatest number that the pattern's group takes among the names, plus one: how many there are; 0 if none fits."""
-    return max((int(match[1]) + 1 for name in names if (match := re.match(pattern, name))), default=0)
+# ---- names in a file -> ours -----------------------------------------------------------------
 
 
 def convert(state_dict):
-    """{name: tensor} of any known layout, width and depth -> {"unet": {...}, "vae": {...}, "text": {...}} in our names.
+    """Give the tensors of a file, in any known layout, our names.
 
-    The tensors of a diffusers folder have the subfolder's name in front: `unet.`, `vae.`, `text_encoder.`. A level `state_dict` on
-    top may be there. No tensor is copied, but for the text tower's q, k and v where they are apart. Whether all tensors of a
-    model are there is for the caller to check. Raises UserError, naming the tensor, for one that belongs to no layout, to another
-    kind of model, or that is there twice.
+    state_dict: {name: tensor}, of a model of any width and depth; it may lie one level down, under
+    "state_dict". Returns {"unet": {name: tensor}, "vae": ..., "text": ...}. No tensor is copied,
+    except q, k and v of a text tower in diffusers' layout. Whether a model lacks tensors is for
+    the caller to check. Raises UserError, naming the tensor, if one belongs to no layout or to
+    another kind of model, or is there twice.
     """
     state_dict = state_dict.get("state_dict", state_dict)
-    for name, (sign, kind) in itertools.product(state_dict, FOREIGN.items()):
-        if re.search(sign, name):
-            raise UserError(f"{name!r} is a tensor of {kind}; mvd reads MVDream and Stable Diffusion 2")
-    blocks = most(state_dict, r"unet\.down_blocks\.\d+\.resnets\.(\d+)")
-    levels = most(state_dict, r"vae\.decoder\.up_blocks\.(\d+)")
-    rules = {"unet": diffusers_unet(blocks) + LDM_UNET, "vae": diffusers_vae(levels) + LDM_VAE, "text": OLDER_TEXT + DIFFUSERS_TEXT + LDM_TEXT}
-    ignored = re.compile("|".join([*IGNORED, *(f"{name}$" for name in schedule_buffers())]))
-    parts = {part: {} for part in LDM}
+    refuse_other_models(state_dict)
+    rules = rules_for(state_dict)
+    schedule = schedule_buffers()
+    parts = {"unet": {}, "vae": {}, "text": {}}
     for name, tensor in state_dict.items():
-        if ignored.match(name):
+        if name in schedule or any(re.match(ignored, name) for ignored in IGNORED):
             continue
-        prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
-        if not prefix or not isinstance(tensor, torch.Tensor):
-            raise UserError(f"{name!r} is no tensor of an MVDream or Stable Diffusion 2 model")
-        part = PREFIXES[prefix]
-        ours = rename(name.removeprefix(prefix), rules[part])
+        part, inner = split_prefix(name)
+        if part is None or not isinstance(tensor, torch.Tensor):
+            raise UserError(
+                f"{name!r} is not a tensor of an MVDream or Stable Diffusion 2 model"
+            )
+        ours = rename(inner, rules[part])
         if ours in parts[part]:
             raise UserError(f"{name!r} is there twice, under two names")
-        if part == "unet" and ours.endswith(".attention.proj_in.weight") and tensor.dim() == 4:     # linear in SD 2
-            raise UserError(f"{name!r} is a convolution, so this is Stable Diffusion 1; mvd reads MVDream and Stable Diffusion 2")
+        if part == "unet" and ours.endswith(".attention.proj_in.weight") and tensor.dim() == 4:
+            # Stable Diffusion 2 has a linear layer there.
+            raise UserError(
+                f"{name!r} is a convolution, so this is Stable Diffusion 1; {READABLE}"
+            )
         if part == "vae" and re.search(r"\.middle\.1\.\w+\.weight", ours) and tensor.dim() == 2:
-            tensor = tensor[:, :, None, None]                                   # linear in diffusers, a 1x1 convolution here
+            # The attention has linear layers in diffusers and 1x1 convolutions here.
+            tensor = tensor[:, :, None, None]
         parts[part][ours] = tensor
-    text = parts["text"]
-    for joined in {re.sub(r"\.attn\.[qkv]_proj\.", ".qkv.", name): None for name in text if re.search(r"\.[qkv]_proj\.", name)}:
-        apart = [joined.replace(".qkv.", f".attn.{letter}_proj.") for letter in "qkv"]
-        if missing := [name for name in apart if name not in text]:
-            raise UserError(f"the tensor text.{missing[0]} is missing")
-        common = statistics.mode(text[name].shape for name in apart)
-        if odd := [name for name in apart if text[name].shape != common]:
-            raise UserError(f"the tensor text.{odd[0]} has shape {list(text[odd[0]].shape)}, wanted {list(common)}")
-        text[joined] = torch.cat([text.pop(name) for name in apart])
+    join_qkv(parts["text"])
     return parts
 
 
-# ---- how large the model is ------------------------------------------------------------------------------------------------
+def refuse_other_models(names):
+    """Raise UserError if a name shows that this is another kind of model, or not a whole one."""
+    for name in names:
+        for sign, kind in FOREIGN.items():
+            if re.search(sign, name):
+                raise UserError(f"{name!r} is a tensor of {kind}; {READABLE}")
+
+
+def rules_for(names):
+    """{part: the rules of all layouts}, with as many levels and blocks as diffusers' names show."""
+    unet_levels = count(names, r"unet\.(?:down|up)_blocks\.(\d+)")
+    unet_blocks = count(names, r"unet\.down_blocks\.\d+\.resnets\.(\d+)")
+    vae_levels = count(names, r"vae\.decoder\.up_blocks\.(\d+)")
+    return {
+        "unet": diffusers_unet(unet_levels, unet_blocks) + LDM_UNET,
+        "vae": diffusers_vae(vae_levels) + LDM_VAE,
+        "text": OLDER_TEXT + DIFFUSERS_TEXT + LDM_TEXT,
+    }
+
+
+def count(names, pattern):
+    """1 + the greatest number that the pattern's group takes; 0 if no name fits."""
+    number = 0
+    for name in names:
+        match = re.match(pattern, name)
+        if match:
+            number = max(number, int(match[1]) + 1)
+    return number
+
+
+def split_prefix(name):
+    """A name in a file -> (part, name inside the part), or (None, name) if no prefix fits."""
+    for prefix, part in PREFIXES.items():
+        if name.startswith(prefix):
+            return part, name.removeprefix(prefix)
+    return None, name
+
+
+def rename(name, rules):
+    """Rewrite a name by each rule (theirs, ours) in turn."""
+    for theirs, ours in rules:
+        pattern = re.escape(theirs).replace(r"\#", r"(\d+)")
+        if not theirs.startswith("."):
+            pattern = "^" + pattern
+        name = re.sub(pattern, ours.replace("#", r"\1"), name)
+    return name
+
+
+def join_qkv(text):
+    """Join the projections that diffusers keeps apart: q, k, v [D, D] -> qkv [3D, D], in place."""
+    for name in list(text):
+        joined = re.sub(r"\.[qkv]_proj\.", ".qkv.", name)
+        if joined == name or joined in text:
+            continue
+        thirds = [joined.replace(".qkv.", f".{letter}_proj.") for letter in "qkv"]
+        for third in thirds:
+            if third not in text:
+                raise UserError(f"the tensor text.{third} is missing")
+        if len({text[third].shape for third in thirds}) > 1:
+            found = [f"text.{third} has shape {list(text[third].shape)}" for third in thirds]
+            raise UserError(f"these three need the same shape: {', '.join(found)}")
+        text[joined] = torch.cat([text.pop(third) for third in thirds])
+
+
+# ---- our names -> LDM's ----------------------------------------------------------------------
+
+
+def to_released(parts):
+    """The inverse of `convert`: {part: {our name: tensor}} -> {name: tensor} as in MVDream's file.
+
+    The noise schedule's tensors are added.
+    """
+    released = schedule_buffers()
+    for part, tensors in parts.items():
+        for name, tensor in tensors.items():
+            released[released_name(part, name, parts)] = tensor
+    return released
+
+
+def released_name(part, name, parts):
+    """The name that a tensor of ours has in MVDream's file.
+
+    parts: all tensors, since it depends on the other layers of a block.
+    """
+    prefix, rules = LDM[part]
+    backwards = [(ours, theirs) for theirs, ours in reversed(rules)]
+    released = rename(name, backwards)
+    if part == "unet" and ".up." in name:
+        transformer = name.split(".up.")[0] + ".attention."
+        if not any_starts(parts["unet"], transformer):
+            released = released.replace(".2.conv.", ".1.conv.")
+    return prefix + released
+
+
+def any_starts(names, prefix):
+    return any(name.startswith(prefix) for name in names)
+
+
+# ---- the sizes of a model --------------------------------------------------------------------
+
 
 def sizes(parts):
     """The configurations that tensors in our names are of: (UNetConfig, VAEConfig, TextConfig).
 
-    What shapes do not tell is taken from Stable Diffusion 2: 64 channels a head, 32 groups, the latents' scale, and that the last
-    layer of a whole text tower is not run; a tower cut for it has no `text_projection`. Raises UserError, naming the tensor, if
-    one that tells a size is missing or cannot tell it, or the vocabulary is not CLIP's.
+    What the tensors do not tell is as in Stable Diffusion 2: 64 channels per head, 32 groups, the
+    scale of the latents, and that the last block of a whole text tower is not run. Raises
+    UserError, naming the tensor, if one that tells a size is missing or cannot tell it.
     """
-    unet, vae, text = (parts[part] for part in ("unet", "vae", "text"))
+    unet = unet_config(parts)
+    vae = vae_config(parts)
+    text = text_config(parts)
+    if unet.in_channels != vae.z_channels:
+        raise UserError(
+            f"the UNet takes {unet.in_channels} channels (unet.encoder.0.conv.weight) and the VAE "
+            f"gives {vae.z_channels} (vae.post_quant_conv.weight): a model for inpainting or "
+            f"upscaling, perhaps; {READABLE}"
+        )
+    return unet, vae, text
 
-    def size(part, name, axis=0):
-        theirs = f"(in MVDream's file: {released_name(part, name, parts)})"
-        if name not in parts[part]:
-            raise UserError(f"the tensor {part}.{name} is missing {theirs}")
-        if parts[part][name].dim() <= axis:
-            raise UserError(f"the tensor {part}.{name} has shape {list(parts[part][name].shape)} {theirs}")
-        return parts[part][name].shape[axis]
 
-    def width(part, stem, *layers):                                             # one tensor of a wrong shape is outvoted, then named
-        return statistics.mode(size(part, f"{stem}.{layer}") for layer in layers)
+def unet_config(parts):
+    """A level of the encoder has as many ResBlocks as stand before the first downsampling."""
+    names = parts["unet"]
+    width = size(parts, "unet", "encoder.0.conv.weight", multiple_of=UNetConfig.head_dim)
+    length = count(names, r"encoder\.(\d+)\.")
+    downs = [i for i in range(length) if any_starts(names, f"encoder.{i}.down.")]
+    blocks = (downs[0] if downs else length) - 1
+    mult, attention = [], []
+    for level in range(len(downs) + 1):
+        first = f"encoder.{1 + level * (blocks + 1)}"
+        channels = size(parts, "unet", f"{first}.res.conv1.bias", multiple_of=width)
+        mult.append(channels // width)
+        if any_starts(names, f"{first}.attention."):
+            attention.append(2**level)
+    to_k = "middle.1.attention.cross_attention.to_k.weight"
+    return UNetConfig(
+        in_channels=size(parts, "unet", "encoder.0.conv.weight", axis=1),
+        out_channels=size(parts, "unet", "conv_out.weight"),
+        model_channels=width,
+        channel_mult=tuple(mult),
+        num_res_blocks=blocks,
+        attention_resolutions=tuple(attention),
+        context_dim=size(parts, "unet", to_k, axis=1),
+    )
 
-    channels, rungs = width("unet", "encoder", "0.conv.weight", "0.conv.bias", "1.res.norm1.bias"), most(unet, r"encoder\.(\d+)")
-    held = {tuple(name.split(".")[:3]) for name in unet}                        # ("encoder", "3", "down"), ...
-    blocks = next((i for i in range(1, rungs) if ("encoder", f"{i}", "down") in held), rungs) - 1
-    firsts = range(1, rungs, blocks + 1)                                        # the first ResBlock of each level
-    unet_config = UNetConfig(
-        in_channels=size("unet", "encoder.0.conv.weight", 1), out_channels=width("unet", "conv_out", "weight", "bias"),
-        model_channels=channels, num_res_blocks=blocks,
-        channel_mult=tuple(width("unet", f"encoder.{i}.res", "conv1.bias", "norm2.weight", "norm2.bias") // channels for i in firsts),
-        attention_resolutions=tuple(2 ** level for level, i in enumerate(firsts) if ("encoder", f"{i}", "attention") in held),
-        context_dim=size("unet", "middle.1.attention.cross_attention.to_k.weight", 1))
-    channels = width("vae", "encoder", "conv_in.weight", "conv_in.bias", "down.0.blocks.0.norm1.bias")
-    vae_config = VAEConfig(
-        channels=channels, z_channels=size("vae", "post_quant_conv.weight"),
-        channel_mult=tuple(width("vae", f"encoder.down.{i}.blocks.0", "conv1.bias", "norm2.weight", "norm2.bias") // channels
-                           for i in range(most(vae, r"encoder\.down\.(\d+)"))),
-        num_res_blocks=most(vae, r"encoder\.down\.0\.blocks\.(\d+)"))
-    if (rows := size("text", "token_embedding.weight")) != 49408:
-        raise UserError(f"the tensor text.token_embedding.weight has {rows} rows, but CLIP's vocabulary has 49408; a model that "
-                        "knows fewer words needs the header that mvd writes")
-    columns, layers = width("text", "norm_out", "weight", "bias"), most(text, r"blocks\.(\d+)")
-    whole = bool({"text_projection", "logit_scale"} & text.keys())
-    text_config = TextConfig(
-        width=columns, heads=columns // 64, layers=layers, unused_layers=int(whole or layers == TextConfig.layers),
-        output_dim=size("text", "text_projection", 1) if whole else None,
-        context_length=size("text", "positional_embedding"))
-    if unet_config.in_channels != vae_config.z_channels:
-        raise UserError(f"the UNet takes {unet_config.in_channels} channels and the VAE gives {vae_config.z_channels}: a model for "
-                        "inpainting or upscaling, perhaps; mvd reads MVDream and Stable Diffusion 2")
-    return unet_config, vae_config, text_config
+
+def vae_config(parts):
+    names = parts["vae"]
+    width = size(parts, "vae", "encoder.conv_in.weight", multiple_of=VAEConfig.groups)
+    # At least one, so that its tensors are missed if there is none.
+    levels = max(1, count(names, r"encoder\.down\.(\d+)\."))
+    mult = []
+    for level in range(levels):
+        bias = f"encoder.down.{level}.blocks.0.conv1.bias"
+        mult.append(size(parts, "vae", bias, multiple_of=width) // width)
+    return VAEConfig(
+        channels=width,
+        channel_mult=tuple(mult),
+        num_res_blocks=count(names, r"encoder\.down\.0\.blocks\.(\d+)\."),
+        z_channels=size(parts, "vae", "post_quant_conv.weight"),
+    )
+
+
+def text_config(parts):
+    """diffusers cuts CLIP's projection, its logit scale, and the last block, which is not run."""
+    names = parts["text"]
+    rows = size(parts, "text", "token_embedding.weight")
+    if rows != 49408:
+        raise UserError(
+            f"the tensor text.token_embedding.weight has {rows} rows, but CLIP's vocabulary has "
+            "49408; a model that knows fewer words needs the header that mvd writes"
+        )
+    head_dim = 64
+    width = size(parts, "text", "norm_out.weight", multiple_of=head_dim)
+    layers = max(1, count(names, r"blocks\.(\d+)\."))
+    whole = "text_projection" in names or "logit_scale" in names
+    return TextConfig(
+        width=width,
+        heads=width // head_dim,
+        layers=layers,
+        unused_layers=int(whole or layers == TextConfig.layers),
+        output_dim=size(parts, "text", "text_projection", axis=1) if whole else None,
+        context_length=size(parts, "text", "positional_embedding"),
+    )
+
+
+def size(parts, part, name, *, axis=0, multiple_of=1):
+    """The size of one tensor along one axis.
+
+    Raises UserError if the tensor is missing, lacks the axis, or the size is 0 or not a multiple.
+    """
+    theirs = f"(in MVDream's file: {released_name(part, name, parts)})"
+    if name not in parts[part]:
+        raise UserError(f"the tensor {part}.{name} is missing {theirs}")
+    shape = parts[part][name].shape
+    if len(shape) <= axis or shape[axis] == 0 or shape[axis] % multiple_of:
+        found = f"has shape {list(shape)}, which fits no model that mvd reads"
+        raise UserError(f"the tensor {part}.{name} {found} {theirs}")
+    return shape[axis]

@@ -1,14 +1,17 @@
-"""Tests marked `gpu` need CUDA and are skipped without it. The scripts of the repository's root can be imported."""
+"""Tests marked `gpu` are skipped without CUDA. The scripts of the root folder can be imported."""
 import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")                                 # threads that wait leave the cores to others
+# Threads that wait leave the cores to others. OpenMP reads this once, when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-torch.set_num_threads(1)                                                          # small tensors: threads would only wait for each other
+# The tensors of the tests are small: several threads would only wait for each other.
+torch.set_num_threads(1)
 
 
 def pytest_configure(config):
@@ -16,7 +19,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -5,6 +5,8 @@ import torch
 from mvd.tools import device
 from mvd.tools.errors import UserError
 
+CPU = torch.device("cpu")
+
 
 @pytest.mark.parametrize("name", ["cuda:99", "cpu:x", "gpu", ""])
 def test_a_device_that_is_not_there_is_named(name):
@@ -12,22 +14,42 @@ def test_a_device_that_is_not_there_is_named(name):
         device.choose_device(name)
 
 
+def best_device():
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 def test_choices():
-    assert device.choose_device("cpu") == torch.device("cpu")
-    assert device.choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    assert device.choose_dtype("auto", torch.device("cpu")) == torch.float32
+    assert device.choose_device("cpu") == CPU
+    assert device.choose_device("auto").type == best_device()
+    assert device.choose_dtype("auto", CPU) == torch.float32
     assert device.choose_dtype("auto", torch.device("cuda")) == torch.bfloat16
-    assert device.choose_dtype("float16", torch.device("cpu")) == torch.float16
+    assert device.choose_dtype("float16", CPU) == torch.float16
 
 
 def test_a_name_without_a_number_is_the_first(monkeypatch):
-    set_to = []
+    made_current = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", set_to.append)
+    monkeypatch.setattr(torch.cuda, "set_device", made_current.append)
+    chosen = [device.choose_device(name) for name in ("auto", "cuda", "cuda:1")]
     first, second = torch.device("cuda:0"), torch.device("cuda:1")
-    assert [device.choose_device(name) for name in ("auto", "cuda", "cuda:1")] == [first, first, second] == set_to
-    with pytest.raises(UserError, match="no device 'cuda:2' here; there is: cuda:0, cuda:1"):
+    assert chosen == [first, first, second]
+    assert made_current == chosen, "the chosen device was not made the current one"
+    words = "no device 'cuda:2' here; there is: cuda:0, cuda:1"
+    with pytest.raises(UserError, match=words):
         device.choose_device("cuda:2")
+
+
+def test_cudnn_searches_again_after_a_context_without():
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        with device.without_cudnn_search():
+            assert not torch.backends.cudnn.benchmark
+        assert torch.backends.cudnn.benchmark
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def test_random_state_goes_on_where_it_was():
@@ -40,51 +62,78 @@ def test_random_state_goes_on_where_it_was():
 
 def test_a_step_off_cuda_is_just_the_step():
     calls = []
-    step = device.GraphedStep(lambda: calls.append(1) or len(calls), torch.device("cpu"))
+
+    def count():
+        calls.append(1)
+        return len(calls)
+
+    step = device.GraphedStep(count, CPU)
     assert [step() for _ in range(6)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_step_off_cuda_takes_its_arguments_and_may_return_nothing():
     seen = []
-    step = device.GraphedStep(lambda a, b: seen.append(a + b), torch.device("cpu"))
-    assert [step(i, 10) for i in range(5)] == [None] * 5 and seen == [10, 11, 12, 13, 14]
+
+    def add(a, b):
+        seen.append(a + b)
+
+    step = device.GraphedStep(add, CPU)
+    assert [step(i, 10) for i in range(5)] == [None] * 5
+    assert seen == [10, 11, 12, 13, 14]
 
 
 @pytest.mark.gpu
 def test_there_is_one_stream_however_often_and_deep_it_is_entered():
-    cuda, seen = torch.device("cuda"), []
+    cuda = torch.device("cuda")
+    default = torch.cuda.default_stream()
+    seen = []
     for _ in range(2):
         with device.side_stream(cuda), device.side_stream(cuda):
             seen.append(torch.cuda.current_stream())
             total = torch.ones(1000, device=cuda).sum()
-        assert total.item() == 1000 and torch.cuda.current_stream() == torch.cuda.default_stream()
-    assert seen[0] == seen[1] != torch.cuda.default_stream()
+        assert total.item() == 1000
+        assert torch.cuda.current_stream() == default
+    assert seen[0] == seen[1] != default
 
 
 @pytest.mark.gpu
 def test_a_captured_step_reads_its_new_arguments():
     cuda = torch.device("cuda")
-    step = device.GraphedStep(lambda a, b: a * b.float(), cuda)
+
+    def multiply(a, b):
+        return a * b.float()
+
+    step = device.GraphedStep(multiply, cuda)
+    ten = torch.full((3,), 10, device=cuda)
+    results = []
     with device.side_stream(cuda):
-        results = [step(torch.full((3,), float(i), device=cuda), torch.full((3,), 10, device=cuda)).tolist() for i in range(8)]
-    assert results == [[10.0 * i] * 3 for i in range(8)] and step.graph is not None
+        for i in range(8):
+            product = step(torch.full((3,), float(i), device=cuda), ten)
+            results.append(product.tolist())
+    assert results == [[10.0 * i] * 3 for i in range(8)]
+    assert step.graph is not None, "the step was never captured"
+
+
+def train_on_cuda(graphed):
+    """Returns the losses of ten steps."""
+    torch.manual_seed(0)
+    cuda = torch.device("cuda")
+    layer = torch.nn.Linear(8, 8, device=cuda)
+    x = torch.randn(16, 8, device=cuda)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, capturable=True)
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        loss = (layer(x) ** 2).mean()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    run_step = device.GraphedStep(step, cuda) if graphed else step
+    with device.side_stream(cuda):
+        return [run_step().item() for _ in range(10)]
 
 
 @pytest.mark.gpu
 def test_a_captured_step_trains_as_the_step_itself():
-    def train(graphed):
-        torch.manual_seed(0)
-        cuda = torch.device("cuda")
-        layer, x = torch.nn.Linear(8, 8, device=cuda), torch.randn(16, 8, device=cuda)
-        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, capturable=True)
-
-        def step():
-            optimizer.zero_grad(set_to_none=True)
-            loss = (layer(x) ** 2).mean()
-            loss.backward()
-            optimizer.step()
-            return loss.detach()
-        stepper = device.GraphedStep(step, cuda) if graphed else step
-        with device.side_stream(cuda):
-            return [stepper().item() for _ in range(10)]
-    assert train(True) == pytest.approx(train(False), rel=1e-5)
+    assert train_on_cuda(True) == pytest.approx(train_on_cuda(False), rel=1e-5)

@@ -1,4 +1,8 @@
-"""The diffusion process against the released schedule, float64 formulas and a Gaussian, for which everything is known."""
+"""The diffusion process against the released schedule, float64 formulas, and a Gaussian world.
+
+In that world everything is known.
+"""
+
 import math
 from pathlib import Path
 
@@ -7,14 +11,27 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mvd.diffusion import (alphas_cumprod, betas, ddim_step, ddpm_step, guide, predict_x0, q_sample, rescale, sample,
-                           timesteps)
+from mvd.diffusion import (
+    alphas_cumprod,
+    betas,
+    denoising_loss,
+    ddim_step,
+    ddpm_step,
+    guide,
+    predict_noise,
+    predict_x0,
+    q_sample,
+    rescale,
+    sample_latents,
+    sampling_steps,
+    timesteps,
+)
 from mvd.tools.errors import UserError
 
 REFERENCE = load_file(Path(__file__).parent / "data" / "schedule.safetensors")
 # the schedule once more, in numpy and float64
-BETA = np.linspace(0.00085 ** 0.5, 0.0120 ** 0.5, 1000) ** 2
-ABAR = np.array([np.prod(1 - BETA[:t + 1]) for t in range(1000)])
+BETA = np.linspace(0.00085**0.5, 0.0120**0.5, 1000) ** 2
+ABAR = np.array([np.prod(1 - BETA[: t + 1]) for t in range(1000)])
 
 
 def test_schedule():
@@ -28,7 +45,7 @@ def test_fifty_steps_are_the_released_ones():
     times = timesteps(50)
     assert torch.equal(times.flip(0), REFERENCE["ddim50_timesteps"])
     assert torch.equal(alphas_cumprod()[times].flip(0), REFERENCE["ddim50_alphas"])
-    landings = torch.cat([times[1:], torch.tensor([0])])            # the last one lands on abar_0
+    landings = torch.cat([times[1:], torch.tensor([0])])  # the last one lands on abar_0
     assert torch.equal(alphas_cumprod()[landings].flip(0), REFERENCE["ddim50_alphas_prev"])
 
 
@@ -38,7 +55,7 @@ def test_every_number_of_steps_is_taken_exactly():
         assert len(times) == steps and times[0] <= 999 and times[-1] >= 0
         gaps = times[:-1] - times[1:]
         assert steps == 1 or (gaps.min() >= 1 and gaps.max() - gaps.min() <= 1)
-        if 1000 % steps == 0 and steps < 1000:                      # the released rule, where it is defined
+        if 1000 % steps == 0 and steps < 1000:  # the released rule, where it is defined
             assert times.flip(0).tolist() == [t + 1 for t in range(0, 1000, 1000 // steps)]
 
 
@@ -47,17 +64,21 @@ def test_impossible_numbers_of_steps(steps):
     with pytest.raises(UserError, match="1 to 1000"):
         timesteps(steps)
     with pytest.raises(UserError):
-        sample(lambda x, t: x, (1, 4, 4, 2, 2), steps)
+        sample_latents(lambda x, t: x, (1, 4, 4, 2, 2), steps)
 
 
 def test_unknown_sampler():
     with pytest.raises(UserError, match="ddim or ddpm"):
-        sample(lambda x, t: x, (1, 4, 4, 2, 2), 5, sampler="euler")
+        sample_latents(lambda x, t: x, (1, 4, 4, 2, 2), 5, sampler="euler")
 
 
 def test_noising_and_its_inverse():
     rng = np.random.default_rng(0)
-    x0, noise, t = rng.normal(size=(3, 4, 2, 5, 5)), rng.normal(size=(3, 4, 2, 5, 5)), np.array([0, 437, 999])
+    x0, noise, t = (
+        rng.normal(size=(3, 4, 2, 5, 5)),
+        rng.normal(size=(3, 4, 2, 5, 5)),
+        np.array([0, 437, 999]),
+    )
     x_t = q_sample(torch.tensor(x0).float(), torch.tensor(t), torch.tensor(noise).float())
     for b in range(3):
         expected = math.sqrt(ABAR[t[b]]) * x0[b] + math.sqrt(1 - ABAR[t[b]]) * noise[b]
@@ -75,11 +96,13 @@ def test_guidance():
 
 def test_rescale_matches_the_contrast_of_each_set():
     guided, conditional = 5 * torch.randn(2, 4, 3, 6, 6) + 1, torch.randn(2, 4, 3, 6, 6)
-    guided[1] *= 9                                                  # sets are rescaled each on its own...
-    guided[:, 2] *= 4                                               # ...and the views of one set all alike
+    guided[1] *= 9  # sets are rescaled each on its own...
+    guided[:, 2] *= 4  # ...and the views of one set all alike
     matched = rescale(guided, conditional, 1.0)
     for b in range(2):
-        ratio = np.std(conditional[b].numpy().astype(np.float64)) / np.std(guided[b].numpy().astype(np.float64))
+        ratio = np.std(conditional[b].numpy().astype(np.float64)) / np.std(
+            guided[b].numpy().astype(np.float64)
+        )
         assert np.allclose(matched[b], guided[b].numpy() * ratio, rtol=1e-5)
         half = rescale(guided, conditional, 0.5)[b]
         assert np.allclose(half, guided[b].numpy() * (0.5 * ratio + 0.5), rtol=1e-5)
@@ -92,98 +115,150 @@ def test_ddim_step_is_the_formula():
     a, a_prev, eta = ABAR[601], ABAR[547], 0.6
     x0 = (x_t - np.sqrt(1 - a) * eps) / np.sqrt(a)
     sigma = eta * np.sqrt((1 - a_prev) / (1 - a)) * np.sqrt(1 - a / a_prev)
-    expected = np.sqrt(a_prev) * x0 + np.sqrt(1 - a_prev - sigma ** 2) * eps + sigma * noise
-    step = ddim_step(*(torch.tensor(v).float() for v in (x_t, eps)), a, a_prev, eta, torch.tensor(noise).float())
+    expected = np.sqrt(a_prev) * x0 + np.sqrt(1 - a_prev - sigma**2) * eps + sigma * noise
+    step = ddim_step(
+        *(torch.tensor(v).float() for v in (x_t, eps)),
+        a,
+        a_prev,
+        eta,
+        torch.tensor(noise).float()
+    )
     assert np.allclose(step, expected, atol=1e-5)
 
 
 def test_ddpm_step_samples_the_posterior():
-    """Bayes: q(x_prev | x_t, x_0) is N(sqrt(a_prev) x_0, 1 - a_prev) times N(x_t; sqrt(alpha) x_prev, 1 - alpha)."""
+    """Bayes: q(x_prev | x_t, x_0) is a product of two Gaussians, up to its norm.
+
+    N(sqrt(a_prev) x_0, 1 - a_prev) and N(x_t; sqrt(alpha) x_prev, 1 - alpha).
+    """
     x0, x_t, a, a_prev = 0.8, -0.3, ABAR[300], ABAR[280]
     alpha = a / a_prev
     precision = 1 / (1 - a_prev) + alpha / (1 - alpha)
-    mean = (math.sqrt(a_prev) * x0 / (1 - a_prev) + math.sqrt(alpha) * x_t / (1 - alpha)) / precision
+    mean = (
+        math.sqrt(a_prev) * x0 / (1 - a_prev) + math.sqrt(alpha) * x_t / (1 - alpha)
+    ) / precision
     eps = torch.tensor([(x_t - math.sqrt(a) * x0) / math.sqrt(1 - a)])
     step = ddpm_step(torch.tensor([x_t]), eps, a, a_prev, torch.tensor([0.0]))
     assert step.item() == pytest.approx(mean, abs=1e-5)
     step = ddpm_step(torch.tensor([x_t]), eps, a, a_prev, torch.tensor([1.0]))
-    assert step.item() == pytest.approx(mean + precision ** -0.5, abs=1e-5)
+    assert step.item() == pytest.approx(mean + precision**-0.5, abs=1e-5)
 
 
 def test_ddim_with_eta_one_is_ddpm():
     x_t, eps, noise = torch.randn(3, 2, 4, 4, 3, 3)
-    assert torch.allclose(ddim_step(x_t, eps, 0.3, 0.4, 1.0, noise), ddpm_step(x_t, eps, 0.3, 0.4, noise), atol=1e-5)
+    assert torch.allclose(
+        ddim_step(x_t, eps, 0.3, 0.4, 1.0, noise),
+        ddpm_step(x_t, eps, 0.3, 0.4, noise),
+        atol=1e-5,
+    )
 
 
-# ---- a world in which the perfect network is known: x_0 ~ N(MEAN, STD^2), so E[noise | x_t] is linear in x_t ----------------
+# ---- a world in which the perfect network is known -------------------------------------------
+# x_0 ~ N(MEAN, STD^2), so E[noise | x_t] is linear in x_t.
 
 MEAN, STD = 0.7, 0.4
 
 
 def perfect_eps(x, t):
     abar = torch.tensor(ABAR)[t].view(-1, 1, 1, 1, 1)
-    return (1 - abar).sqrt() * (x - abar.sqrt() * MEAN) / (abar * STD ** 2 + 1 - abar)
+    return (1 - abar).sqrt() * (x - abar.sqrt() * MEAN) / (abar * STD**2 + 1 - abar)
 
 
 def moments_of_x0(abar):
-    return math.sqrt(abar) * MEAN, math.sqrt(abar * STD ** 2 + 1 - abar)
+    return math.sqrt(abar) * MEAN, math.sqrt(abar * STD**2 + 1 - abar)
 
 
 def test_ddim_follows_the_flow_of_a_gaussian():
-    """The exact flow keeps (x_t - mean_t) / std_t constant; many steps must come near it, and more steps nearer."""
+    """The exact flow keeps (x_t - mean_t) / std_t constant; more steps come nearer to it."""
+
     def end(steps):
-        return sample(perfect_eps, (1, 1, 1, 40, 50), steps, generator=torch.Generator().manual_seed(0))
+        return sample_latents(
+            perfect_eps,
+            (1, 1, 1, 40, 50),
+            steps,
+            generator=torch.Generator().manual_seed(0),
+        )
+
     noise = torch.randn(1, 1, 1, 40, 50, generator=torch.Generator().manual_seed(0))
+
     def exact(steps):
         mean_start, std_start = moments_of_x0(ABAR[timesteps(steps)[0]])
         mean_end, std_end = moments_of_x0(ABAR[0])
         return mean_end + std_end * (noise - mean_start) / std_start
-    errors = [(end(steps) - exact(steps)).abs().max().item() for steps in (10, 47, 250, 999)]
+
+    errors = [
+        (end(steps) - exact(steps)).abs().max().item() for steps in (10, 47, 250, 999)
+    ]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.01
 
 
 def test_ddim_in_numpy():
-    x = torch.randn(1, 1, 1, 4, 4, generator=torch.Generator().manual_seed(3)).double().numpy()
+    x = (
+        torch.randn(1, 1, 1, 4, 4, generator=torch.Generator().manual_seed(3))
+        .double()
+        .numpy()
+    )
     times = [t + 1 for t in range(0, 1000, 20)][::-1]
     for t, t_prev in zip(times, times[1:] + [0]):
         eps = perfect_eps(torch.tensor(x), torch.tensor([t])).numpy()
         x0 = (x - np.sqrt(1 - ABAR[t]) * eps) / np.sqrt(ABAR[t])
         x = np.sqrt(ABAR[t_prev]) * x0 + np.sqrt(1 - ABAR[t_prev]) * eps
-    ours = sample(perfect_eps, (1, 1, 1, 4, 4), 50, generator=torch.Generator().manual_seed(3))
+    ours = sample_latents(
+        perfect_eps, (1, 1, 1, 4, 4), 50, generator=torch.Generator().manual_seed(3)
+    )
     assert np.allclose(ours, x, atol=1e-4)
 
 
 def exact_moments(steps, eta):
-    """With a linear network a sampler's step is x <- A x + b + sigma noise, so its mean and deviation are known exactly."""
+    """Mean and deviation of a sampler's result, exactly.
+
+    With a linear network a step is x <- A x + b + sigma noise.
+    """
     times, mean, variance = timesteps(steps).tolist(), 0.0, 1.0
     for t, t_prev in zip(times, times[1:] + [0]):
         a, a_prev = ABAR[t], ABAR[t_prev]
         sigma = eta * math.sqrt((1 - a_prev) / (1 - a) * (1 - a / a_prev))
-        slope = math.sqrt(1 - a) / (a * STD ** 2 + 1 - a)           # eps = slope (x - sqrt(a) MEAN)
-        direction = math.sqrt(1 - a_prev - sigma ** 2)
+        slope = math.sqrt(1 - a) / (a * STD**2 + 1 - a)  # eps = slope (x - sqrt(a) MEAN)
+        direction = math.sqrt(1 - a_prev - sigma**2)
         A = math.sqrt(a_prev / a) * (1 - math.sqrt(1 - a) * slope) + direction * slope
         b = (math.sqrt(a_prev * (1 - a)) - direction * math.sqrt(a)) * slope * MEAN
-        mean, variance = A * mean + b, A ** 2 * variance + sigma ** 2
+        mean, variance = A * mean + b, A**2 * variance + sigma**2
     return mean, math.sqrt(variance)
 
 
-@pytest.mark.parametrize("sampler, eta, steps", [("ddpm", 1.0, 30), ("ddpm", 1.0, 300), ("ddim", 1.0, 30), ("ddim", 0.5, 30)])
+@pytest.mark.parametrize(
+    "sampler, eta, steps",
+    [("ddpm", 1.0, 30), ("ddpm", 1.0, 300), ("ddim", 1.0, 30), ("ddim", 0.5, 30)],
+)
 def test_random_samplers_draw_from_the_right_distribution(sampler, eta, steps):
-    x = sample(perfect_eps, (2, 4, 4, 60, 60), steps, sampler, eta, generator=torch.Generator().manual_seed(1))
+    x = sample_latents(
+        perfect_eps,
+        (2, 4, 4, 60, 60),
+        steps,
+        sampler,
+        eta,
+        generator=torch.Generator().manual_seed(1),
+    )
     mean, std = exact_moments(steps, eta)
-    assert x.mean().item() == pytest.approx(mean, abs=0.004)        # 3 standard errors of 115,200 draws
+    assert x.mean().item() == pytest.approx(
+        mean, abs=0.004
+    )  # 3 standard errors of 115,200 draws
     assert x.std().item() == pytest.approx(std, rel=0.007)
-    if steps == 300:                                                # and that distribution is nearly x_0's own
+    if steps == 300:  # and that distribution is nearly x_0's own
         assert (mean, std) == pytest.approx(moments_of_x0(ABAR[0]), rel=0.04)
 
 
 def test_ddpm_with_all_steps():
     seen = []
+
     def eps_fn(x, t):
         seen.append(t.tolist())
         return perfect_eps(x, t)
-    x = sample(eps_fn, (2, 4, 4, 20, 20), 1000, "ddpm", generator=torch.Generator().manual_seed(1))
+
+    x = sample_latents(
+        eps_fn, (2, 4, 4, 20, 20), 1000, "ddpm", generator=torch.Generator().manual_seed(1)
+    )
     assert seen == [[t, t] for t in range(999, -1, -1)]
     mean, std = moments_of_x0(ABAR[0])
     assert x.mean().item() == pytest.approx(mean, abs=0.02)
@@ -191,7 +266,15 @@ def test_ddpm_with_all_steps():
 
 
 def test_one_seed_one_result():
-    def draw(seed): return sample(perfect_eps, (1, 4, 4, 3, 3), 7, "ddpm", generator=torch.Generator().manual_seed(seed))
+    def draw(seed):
+        return sample_latents(
+            perfect_eps,
+            (1, 4, 4, 3, 3),
+            7,
+            "ddpm",
+            generator=torch.Generator().manual_seed(seed),
+        )
+
     assert torch.equal(draw(5), draw(5)) and not torch.equal(draw(5), draw(6))
 
 
@@ -199,13 +282,63 @@ def test_float32_under_autocast_and_from_bfloat16():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         x, t = torch.randn(1, 4, 4, 3, 3), torch.tensor([500])
         noise = torch.randn(1, 4, 4, 3, 3, dtype=torch.bfloat16)
-        results = [q_sample(x.bfloat16(), t, noise), predict_x0(x.bfloat16(), t, noise), rescale(noise, noise, 0.5),
-                   ddim_step(x.bfloat16(), noise, 0.3, 0.4), ddpm_step(x.bfloat16(), noise, 0.3, 0.4, noise),
-                   sample(lambda x, t: x.bfloat16(), (1, 4, 4, 3, 3), 2)]
+        results = [
+            q_sample(x.bfloat16(), t, noise),
+            predict_x0(x.bfloat16(), t, noise),
+            rescale(noise, noise, 0.5),
+            ddim_step(x.bfloat16(), noise, 0.3, 0.4),
+            ddpm_step(x.bfloat16(), noise, 0.3, 0.4, noise),
+            sample_latents(lambda x, t: x.bfloat16(), (1, 4, 4, 3, 3), 2),
+        ]
     assert all(result.dtype == torch.float32 for result in results)
 
 
 def test_schedule_is_a_constant_to_the_compiler():
     compiled = torch.compile(predict_x0, backend="eager", fullgraph=True)
-    x, eps, t = torch.randn(2, 4, 4, 3, 3), torch.randn(2, 4, 4, 3, 3), torch.tensor([1, 981])
+    x, eps, t = (
+        torch.randn(2, 4, 4, 3, 3),
+        torch.randn(2, 4, 4, 3, 3),
+        torch.tensor([1, 981]),
+    )
     assert torch.allclose(compiled(x, t, eps), predict_x0(x, t, eps))
+
+
+def test_the_steps_of_a_sampler_show_what_it_believes():
+    """Each step yields x and the x̂_0 from which DDIM eq. 12 makes it; the last x is the sample."""
+    shape = (1, 2, 1, 3, 3)
+
+    def states():
+        noise = torch.Generator().manual_seed(2)
+        return list(sampling_steps(perfect_eps, shape, 5, generator=noise))
+
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(2)).double()
+    times = timesteps(5).tolist()
+    landings = times[1:] + [0]
+    for t, t_prev, (x_next, x0) in zip(times, landings, states()):
+        eps = perfect_eps(x, torch.tensor([t]))
+        expected_x0 = (x - math.sqrt(1 - ABAR[t]) * eps) / math.sqrt(ABAR[t])
+        x = math.sqrt(ABAR[t_prev]) * expected_x0 + math.sqrt(1 - ABAR[t_prev]) * eps
+        torch.testing.assert_close(x0.double(), expected_x0, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(x_next.double(), x, rtol=1e-3, atol=1e-3)
+    noise = torch.Generator().manual_seed(2)
+    assert torch.equal(sample_latents(perfect_eps, shape, 5, generator=noise), states()[-1][0])
+
+
+def test_the_network_is_asked_in_one_place():
+    """The loss is of predict_noise's answer, float32 whatever the network returns."""
+    asked = []
+
+    def unet(x_t, t, context, camera):
+        asked.append((x_t, t, context, camera))
+        return torch.zeros_like(x_t).bfloat16()
+
+    x0, context, camera = torch.randn(2, 4, 4, 3, 3), torch.randn(2, 5, 8), torch.randn(2, 4, 16)
+    torch.manual_seed(3)
+    loss = denoising_loss(unet, x0, context, camera)
+    torch.manual_seed(3)
+    t, noise = torch.randint(1000, (2,)), torch.randn_like(x0)
+    torch.testing.assert_close(loss, (noise**2).mean())
+    ((x_t, t_asked, context_asked, camera_asked),) = asked
+    torch.testing.assert_close(x_t, q_sample(x0, t, noise))
+    assert torch.equal(t_asked, t) and context_asked is context and camera_asked is camera
+    assert predict_noise(unet, x_t, t, context).dtype == torch.float32

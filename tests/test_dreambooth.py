@@ -1,66 +1,105 @@
-"""dreambooth.py: the preservation loss against autograd, a killed run, what "[v]" does, and bad input in one line."""
+"""dreambooth.py: its losses against autograd, killed runs, what "[v]" does, and bad input."""
 import copy
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
+from torch.func import functional_call
 
 import distill
 import dreambooth
 import sample
 from mvd import MVDream, diffusion
-from mvd.tools import cli, run
+from mvd.presets import PRESETS
+from mvd.tools import run
 from mvd.tools.errors import UserError
 from mvd.tools.files import write_safetensors
-from mvd.tools.masters import learning_rate
+from mvd.tools.optimizer import learning_rate
 from mvd.tools.vocabulary import IDENTIFIERS
-from scripts import Killed, killed_after, saved_model
+from scripts import Killed, killed_after, saved_model, status
 from test_model import small_config
+from test_train import blank, moved
 
 PROMPT = "a photo of [v] bulldog"
-LEARNED = ["--class-preservation", "1", "--identifier-lr", "0.01", "--text-preservation", "1"]
+LEARNED = "--class-preservation 1 --identifier-lr 0.01 --text-preservation 1".split()
 SAMPLE = MVDream.sample
+BLUE = (20, 90, 200, 255)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A small model, and three photos: wide, tall, and a cut-out."""
+    """A small model and three photos: wide, tall, and a cut-out.
+
+    Beside them lie an empty folder and a file of another kind.
+    """
     folder = tmp_path_factory.mktemp("dreambooth")
     config = small_config()
     config.text.words = tuple(sorted({*config.text.words, *IDENTIFIERS, "of", "photo"}))
-    config.dreambooth = {"steps": 6, "batch": 2, "lr": 1e-3}
     saved_model(folder, config)
     (folder / "photos").mkdir()
     for i, size in enumerate(((80, 64), (64, 90), (70, 70))):
         image = Image.new("RGBA", size, (200, 60, 40 * i, 255))
-        image.paste((20, 90, 200, 255), (24, 16, 40, 50))
+        image.paste(BLUE, (24, 16, 40, 50))
         if i == 2:
             image.putalpha(Image.new("L", size, 0))
-            image.paste((20, 90, 200, 255), (10, 10, 60, 60))
+            image.paste(BLUE, (10, 10, 60, 60))
         image.save(folder / "photos" / f"{i}.png")
+    (folder / "empty").mkdir()
+    write_safetensors(folder / "foreign.safetensors", {"x": torch.zeros(1)})
     return folder
 
 
 @pytest.fixture
+def model(folder):
+    return MVDream.load(folder / "small.safetensors")
+
+
+@pytest.fixture
 def start(folder, tmp_path, monkeypatch):
-    """start(out, *flags) fine-tunes in this process and returns the bytes of the result."""
+    """start(out, *flags) fine-tunes in this process and returns the file of the result.
+
+    photos and model are paths in `folder`.
+    """
     monkeypatch.setattr(dreambooth, "GREYS", 2)
     monkeypatch.setattr(dreambooth, "LOG_EVERY", 1)
-    draw = lambda self, prompts, views=4, **_: torch.zeros(1 if isinstance(prompts, str) else len(prompts), views, 3, 64, 64)
-    monkeypatch.setattr(MVDream, "sample", draw)
+    monkeypatch.setattr(MVDream, "sample", blank)
+    monkeypatch.setattr(PRESETS["nano"], "dreambooth", {"steps": 6, "batch": 2, "lr": 1e-3})
 
-    def start(out, *flags, photos=folder / "photos", prompt=PROMPT, model=folder / "small.safetensors"):
-        dreambooth.main([str(photos), "--prompt", prompt, "--model", str(model), "--out", str(tmp_path / out), "--device", "cpu",
-                         "--sample-every", "3", "--save-every", "2", *flags])
+    def start(out, *flags, photos="photos", prompt=PROMPT, model="small.safetensors"):
+        places = [str(folder / photos), "--prompt", prompt, "--model", str(folder / model)]
+        places += ["--out", str(tmp_path / out), "--device", "cpu"]
+        dreambooth.main([*places, "--sample-every", "3", "--save-every", "2", *flags])
         return (tmp_path / out / "model.safetensors").read_bytes()
+
     return start
 
 
+def settings(**changes):
+    """The paper's, without files."""
+    return dreambooth.DreamBoothSettings("", PROMPT, batch=2, **changes)
+
+
+def subject_of(model, posteriors, names, plain):
+    """names: what the photos are called; plain: the same without the identifier."""
+    return dreambooth.Subject(
+        posteriors=posteriors,
+        tokens=model.text.tokenize(names),
+        contexts=model.embed(names),
+        plain=model.embed(plain),
+    )
+
+
+# ---- the losses ------------------------------------------------------------------------------
+
 @pytest.mark.parametrize("block", [1, 32])
 def test_gradient_of_the_preservation_loss(block, monkeypatch):
-    """Against autograd of λ‖θ − θ0‖₁/N, and by hand: ±λ/N, 0 where a weight has not moved, nothing where none was touched."""
+    """Against autograd of λ‖θ - θ0‖₁/N, and by hand: ±λ/N, and 0 where a weight has not moved.
+
+    A weight that no other loss has touched gets no gradient.
+    """
     monkeypatch.setattr(dreambooth, "BLOCK", block)
     torch.manual_seed(0)
     start = [torch.randn(3, 4), torch.randn(5), torch.randn(2)]
@@ -70,201 +109,336 @@ def test_gradient_of_the_preservation_loss(block, monkeypatch):
     for w, g in zip(weights, gradients):
         w.grad = g.clone()
     l1, l2, own, pull = dreambooth.preserve(weights, start, 300.0)
+
     leaves = [w.detach().double().requires_grad_() for w in weights[:2]]
-    loss = 300.0 / 19 * sum((w - w0).abs().sum() for w, w0 in zip(leaves, start))
+    distance = sum((w - w0).abs().sum() for w, w0 in zip(leaves, start))
+    loss = 300.0 / 19 * distance
     loss.backward()
     for w, g, leaf in zip(weights, gradients, leaves):
         torch.testing.assert_close(w.grad - g, leaf.grad.float(), rtol=0, atol=1e-5)
-    moved = (weights[0].grad - gradients[0]).abs()
-    torch.testing.assert_close(moved, torch.full_like(moved, 300.0 / 19), rtol=1e-5, atol=0)
-    assert weights[1].grad[2] == gradients[1][2] and weights[2].grad is None
+    added = (weights[0].grad - gradients[0]).abs()
+    by_hand = torch.full_like(added, 300.0 / 19)
+    torch.testing.assert_close(added, by_hand, rtol=1e-5, atol=0)
+    assert weights[1].grad[2] == gradients[1][2], "a weight is pulled that has not moved"
+    assert weights[2].grad is None, "a weight is pulled that nothing else touches"
+
+    def norm(tensors):
+        return torch.cat([tensor.flatten() for tensor in tensors]).norm().item()
+
     assert l1.item() * 300 == pytest.approx(loss.item(), rel=1e-5)
-    all_moves = torch.cat([(w - w0).flatten() for w, w0 in zip(weights, start)][:2])
-    assert l2.item() == pytest.approx(all_moves.norm().item(), rel=1e-5)
-    assert own.item() == pytest.approx(torch.cat([g.flatten() for g in gradients]).norm().item(), rel=1e-5)
-    assert pull.item() == pytest.approx(300 / 19 * 16 ** 0.5, rel=1e-5)          # 16 of 17 have moved
+    changes = [w - w0 for w, w0 in zip(weights[:2], start)]
+    assert l2.item() == pytest.approx(norm(changes), rel=1e-5)
+    assert own.item() == pytest.approx(norm(gradients), rel=1e-5)
+    # 16 of 17 have moved.
+    assert pull.item() == pytest.approx(300 / 19 * 16**0.5, rel=1e-5)
 
 
-@pytest.mark.parametrize("of_class, identifier_lr, of_text", [(0.0, 0.0, 0.0), (100.0, 0.0, 0.0), (100.0, 1e-2, 0.0), (0.0, 1e-2, 0.01),
-                                                              (100.0, 1e-2, 0.003)])
-def test_a_step_is_adamw_on_every_loss(folder, tmp_path, of_class, identifier_lr, of_text):
-    """Two steps of `finetune` by hand: at θ0 no preservation loss has a gradient, one step later all have."""
-    model = MVDream.load(folder / "small.safetensors")
-    tokens = model.text.tokenize(["a photo of phol bulldog", "phol bulldog"])    # the identifier at two places
-    plain_context = model.embed(["a photo of bulldog", ""])
-    moments, before = torch.rand(2, 3, 1, 16, 8, 8), model.text(tokens)
-    s = dreambooth.Settings("", PROMPT, steps=2, batch=2, lr=1e-3, preservation=1e4, class_preservation=of_class,
-                            identifier_lr=identifier_lr, text_preservation=of_text)
-    plain, frozen, text = copy.deepcopy(model.unet).requires_grad_(True), copy.deepcopy(model.unet), copy.deepcopy(model.text)
+class ByHand:
+    """`finetune` with the losses of the module's docstring, autograd, and torch's AdamW."""
+
+    def __init__(self, model, subject, s):
+        self.unet = copy.deepcopy(model.unet).requires_grad_(True)
+        self.frozen = copy.deepcopy(model.unet)
+        self.text = copy.deepcopy(model.text)
+        self.scale = model.config.vae.scale_factor
+        self.subject, self.s = subject, s
+        self.weights = []
+        for name, weight in self.unet.named_parameters():
+            if not name.startswith("camera_mlp"):
+                self.weights.append(weight)
+        self.start = [w.detach().clone() for w in self.weights]
+        self.table = self.text.token_embedding.weight
+        (self.row,) = self.text.word_rows("phol")
+        self.word = self.table[self.row].clone().requires_grad_(True)
+
+    def photos(self):
+        """A batch of two of the three photos: scaled latents, and which name each has."""
+        which = torch.randint(3, (2,))
+        copy_ = torch.randint(2, (2,))
+        wording = torch.randint(2, (2,))
+        mean, std = self.subject.posteriors[copy_, which].chunk(2, dim=-3)
+        return self.scale * (mean + std * torch.randn_like(mean)), wording
+
+    def preservation(self):
+        count = sum(w.numel() for w in self.unet.parameters())
+        moves = [(w - w0).abs().sum() for w, w0 in zip(self.weights, self.start)]
+        return self.s.preservation / count * sum(moves)
+
+    def class_loss(self):
+        z, wording = self.photos()
+        t = torch.randint(1000, (2,))
+        noise = torch.randn_like(z)
+        abar = diffusion.alphas_cumprod()[t].view(-1, 1, 1, 1, 1)
+        x_t = abar.sqrt() * z + (1 - abar).sqrt() * noise
+        context = self.subject.plain[wording]
+        change = self.unet(x_t, t, context) - self.frozen(x_t, t, context)
+        return self.s.class_preservation * change.square().mean()
+
+    def loss_of_photos(self):
+        """The diffusion loss, and the text loss of all tokens but "phol"."""
+        z, wording = self.photos()
+        tokens = self.subject.tokens[wording]
+        rows = torch.arange(len(self.table))[:, None]
+        spelled = torch.where(rows == self.row, self.word, self.table)
+        context = functional_call(self.text, {"token_embedding.weight": spelled}, (tokens,))
+        change = (context - self.subject.contexts[wording]).square().sum(2)
+        beside = change[tokens != self.row].sum() / context.numel()
+        loss = diffusion.denoising_loss(self.unet, z, context)
+        return loss + self.s.text_preservation * beside
+
+    def run(self):
+        s = self.s
+        unet = {"params": self.weights, "lr": s.lr, "weight_decay": 0.01}
+        word = {"params": [self.word], "lr": s.identifier_lr, "weight_decay": 0.0}
+        adam = torch.optim.AdamW([unet, word])
+        for _ in range(s.steps):
+            loss = self.preservation()
+            if s.class_preservation:
+                loss = loss + self.class_loss()
+            loss = loss + self.loss_of_photos()
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+
+
+@pytest.mark.parametrize("of_class, identifier_lr, of_text", [
+    (0.0, 0.0, 0.0),
+    (100.0, 0.0, 0.0),
+    (100.0, 1e-2, 0.0),
+    (0.0, 1e-2, 0.01),
+    (100.0, 1e-2, 0.003),
+])
+def test_a_step_is_adamw_on_every_loss(model, tmp_path, of_class, identifier_lr, of_text):
+    """Two steps: at θ0 no preservation loss has a gradient, one step later all have."""
+    model.config.vae.scale_factor = 0.5
+    s = settings(
+        steps=2, lr=1e-3, preservation=1e4, class_preservation=of_class,
+        identifier_lr=identifier_lr, text_preservation=of_text,
+    )
+    # The identifier stands at two places.
+    names = ["a photo of phol bulldog", "phol bulldog"]
+    torch.manual_seed(4)
+    posteriors = torch.rand(2, 3, 1, 16, 8, 8)
+    subject = subject_of(model, posteriors, names, ["a photo of bulldog", ""])
+    by_hand = ByHand(model, subject, s)
     torch.manual_seed(5)
-    assert dreambooth.finetune(model, moments, tokens, before, plain_context, s, tmp_path) == 2
-    parameters = [p for name, p in plain.named_parameters() if not name.startswith("camera_mlp")]
-    theta0, count = [p.detach().clone() for p in parameters], sum(p.numel() for p in plain.parameters())
-    table, (row,) = text.token_embedding.weight, text.word_rows("phol")
-    word = table[row].clone().requires_grad_(True)
-    adam = torch.optim.AdamW([{"params": parameters, "lr": 1e-3, "weight_decay": 0.01},
-                              {"params": [word], "lr": identifier_lr, "weight_decay": 0.0}])
-
-    def photos(wordings):
-        which, copy_, wording = torch.randint(3, (2,)), torch.randint(2, (2,)), torch.randint(wordings, (2,))
-        mean, std = moments[copy_, which].chunk(2, dim=-3)
-        return model.config.vae.scale_factor * (mean + std * torch.randn_like(mean)), wording
-
+    assert dreambooth.finetune(model, subject, s, tmp_path) == 2
     torch.manual_seed(5)
-    for _ in range(2):
-        loss = 1e4 / count * sum((p - p0).abs().sum() for p, p0 in zip(parameters, theta0))
-        if of_class:
-            z, wording = photos(2)
-            t, noise = torch.randint(1000, (2,)), torch.randn_like(z)
-            abar = diffusion.alphas_cumprod()[t].view(-1, 1, 1, 1, 1)
-            x_t = abar.sqrt() * z + (1 - abar).sqrt() * noise
-            loss = loss + of_class * (plain(x_t, t, plain_context[wording]) - frozen(x_t, t, plain_context[wording])).square().mean()
-        z, wording = photos(2)
-        spelled = torch.where(torch.arange(len(table))[:, None] == row, word, table)
-        context = torch.func.functional_call(text, {"token_embedding.weight": spelled}, (tokens[wording],))
-        loss = loss + diffusion.loss(plain, z, context)
-        changed = (context - before[wording]).square().sum(2)[tokens[wording] != row]                          # all but "phol"
-        loss = loss + of_text * changed.sum() / context.numel()
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-    pairs = zip(model.unet.parameters(), plain.parameters())
-    off = torch.cat([(p - q).detach().abs().flatten() for p, q in pairs])
-    assert (off < 1e-5).float().mean() > 0.9999                                  # but for a sign that rounding turned
+    by_hand.run()
+
+    off = []
+    for p, q in zip(model.unet.parameters(), by_hand.unet.parameters()):
+        off.append((p - q).detach().abs().flatten())
+    # But for a sign that rounding turned.
+    share = (torch.cat(off) < 1e-5).float().mean()
+    assert share > 0.9999, f"{1 - share:.2%} of the UNet's weights differ"
+    table, row = by_hand.table, by_hand.row
     learned = model.text.token_embedding.weight
-    torch.testing.assert_close(learned[row], word.detach(), rtol=0, atol=1e-5)
-    moved = (learned != table).any(1)
-    assert moved.sum() == (identifier_lr > 0) and not moved[torch.arange(len(table)) != row].any()
+    torch.testing.assert_close(learned[row], by_hand.word.detach(), rtol=0, atol=1e-5)
+    changed = (learned != table).any(1)
+    assert changed.sum() == (identifier_lr > 0), "the row of [v] should have changed, or stayed"
+    others = torch.arange(len(table)) != row
+    assert not changed[others].any(), "another word has changed its meaning"
 
+
+# ---- the loop --------------------------------------------------------------------------------
 
 def test_it_learns_the_photos_and_a_strong_preservation_holds_it_back(folder, tmp_path):
-    def distance_and_loss(strength, out):
+    def first_and_last_row(strength, out):
         model = MVDream.load(folder / "small.safetensors")
         torch.manual_seed(0)
-        s = dreambooth.Settings("", PROMPT, steps=20, batch=2, lr=5e-3, preservation=strength)
+        s = settings(steps=20, lr=5e-3, preservation=strength)
         (tmp_path / out).mkdir()
-        tokens, context = model.text.tokenize(["a bulldog"]), model.embed(["a bulldog"])
-        dreambooth.finetune(model, torch.ones(1, 3, 1, 16, 8, 8), tokens, context, context, s, tmp_path / out)
+        photos = torch.ones(1, 3, 1, 16, 8, 8)
+        subject = subject_of(model, photos, ["a bulldog"], ["a bulldog"])
+        dreambooth.finetune(model, subject, s, tmp_path / out)
         rows = run.read_log(tmp_path / out / "log.jsonl")
         return rows[0], rows[-1]
-    first, last = distance_and_loss(0.0, "free")
-    _, held = distance_and_loss(1e8, "held")
-    assert last["loss"] < 0.95 * first["loss"] and last["preservation"] == 0 and last["share"] == 0
-    assert held["distance"] < 0.5 * last["distance"] and held["share"] > 0.9 and held["loss"] > last["loss"]
 
-
-@pytest.mark.parametrize("prompt, expected", [
-    ("a photo of [v] bulldog", ["a photo of phol bulldog", "phol bulldog", "phol bulldog , 3d asset"]),
-    ("[V] bulldog", ["phol bulldog", "phol bulldog", "phol bulldog , 3d asset"])])
-def test_wordings_are_what_later_prompts_will_say(start, monkeypatch, prompt, expected):
-    """With [v] as the photos' names, without it as what shall stay, and then also the prompt of guidance, which says nothing."""
-    given, learn = [], dreambooth.finetune
-    monkeypatch.setattr(dreambooth, "finetune", lambda model, *rest: given.append((model, *rest[1:4])) or learn(model, *rest))
-    start("run", "--wordings", "--steps", "1", prompt=prompt)
-    (model, tokens, contexts, plain), = given
-    assert torch.equal(tokens, model.text.tokenize(expected)) and torch.equal(contexts, model.embed(expected))
-    without_v = model.embed([name.replace("phol ", "") for name in expected] + [""])
-    torch.testing.assert_close(plain, without_v, rtol=0, atol=1e-6)
+    first, last = first_and_last_row(0.0, "free")
+    _, held = first_and_last_row(1e8, "held")
+    assert last["loss"] < 0.95 * first["loss"], "it has not learned the photos"
+    assert last["preservation"] == 0
+    assert last["share"] == 0
+    assert held["distance"] < 0.5 * last["distance"], "it is not held back"
+    assert held["share"] > 0.9
+    assert held["loss"] > last["loss"]
 
 
 def test_the_rates_fall_along_the_cosine(folder, tmp_path):
-    """Adam moves a weight that always has the same gradient by the rate, step by step: so by the sum of the rates in all."""
-    moved = {}
-    for cosine in (False, True):
+    """Adam moves a weight whose gradient stays the same by the rate, so by their sum in all."""
+    def moves(cosine):
         model = MVDream.load(folder / "small.safetensors")
-        s = dreambooth.Settings("", PROMPT, steps=4, batch=2, lr=1e-3, weight_decay=0.0, cosine=cosine, identifier_lr=1e-2)
+        s = settings(steps=4, lr=1e-3, weight_decay=0.0, cosine=cosine, identifier_lr=1e-2)
         weights = model.unet.conv_out.weight, model.text.token_embedding.weight
         before = [w.detach().clone() for w in weights]
-        tokens, contexts, plain = model.text.tokenize(["a phol bulldog"]), model.embed(["a phol bulldog"]), model.embed(["a bulldog"])
         torch.manual_seed(0)
-        dreambooth.finetune(model, torch.rand(1, 3, 1, 16, 8, 8), tokens, contexts, plain, s, tmp_path)
-        moved[cosine] = [(w - w0).abs().max().item() for w, w0 in zip(weights, before)]
+        photos = torch.rand(1, 3, 1, 16, 8, 8)
+        subject = subject_of(model, photos, ["a phol bulldog"], ["a bulldog"])
+        dreambooth.finetune(model, subject, s, tmp_path)
+        return [(w - w0).abs().max().item() for w, w0 in zip(weights, before)]
+
     rates = sum(learning_rate(step, 4, 1e-3) for step in range(4))
-    for free, falling, factor in zip(moved[False], moved[True], (1, 10)):
-        assert free > 3e-3 * factor and 0.5 * rates * factor < falling <= 1.05 * rates * factor < 2.7e-3 * factor
+    for constant, falling, factor in zip(moves(False), moves(True), (1, 10)):
+        assert constant > 3e-3 * factor
+        assert 0.5 * rates * factor < falling <= 1.05 * rates * factor < 2.7e-3 * factor
 
 
-@pytest.mark.parametrize("killed_at, flags", [
-    (1, []), (3, []), (4, LEARNED)])                                             # before any checkpoint, and after
+@pytest.mark.parametrize("killed_at, flags", [(1, []), (3, []), (4, LEARNED)])
 def test_a_killed_run_resumes_bit_for_bit(start, monkeypatch, killed_at, flags, tmp_path):
+    """Killed before any checkpoint, and after."""
     whole = start("whole", *flags)
     with killed_after(monkeypatch, lambda row: row["step"] == killed_at):
         start("killed", *flags)
-    if killed_at == 4:                                                           # the page is of the last pictures, and waits for more
+    if killed_at == 4:
         page = (tmp_path / "killed" / "index.html").read_text()
-        assert "3 of 6 steps" in page and "refresh" in page
-    assert start("killed", "--resume", *flags) == whole
-    assert (tmp_path / "killed" / "log.jsonl").read_bytes() == (tmp_path / "whole" / "log.jsonl").read_bytes()
+        assert "3 of 6 steps" in page, "the page is not of the last pictures"
+        assert "refresh" in page, "the page does not wait for more"
+    assert start("killed", "--resume", *flags) == whole, "the resumed run made something else"
+    logs = [(tmp_path / out / "log.jsonl").read_bytes() for out in ("whole", "killed")]
+    assert logs[0] == logs[1]
 
 
-def test_the_result_knows_its_subject(start, folder, tmp_path, monkeypatch):
-    """Every script takes the folder as --model and "[v]" in the prompt; the model before and after differ in the UNet alone."""
+def test_a_run_shorter_than_sample_every_draws_nothing(start, tmp_path):
+    """A longer one draws at its end, too."""
+    start("short", "--steps", "2")
+    assert not list((tmp_path / "short" / "progress").iterdir())
+    start("longer", "--steps", "4")
+    pictures = sorted(path.name for path in (tmp_path / "longer" / "progress").iterdir())
+    assert pictures == ["samples_000003.png", "samples_000004.png"]
+
+
+# ---- the command -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("prompt, first", [
+    ("a photo of [v] bulldog", "a photo of phol bulldog"),
+    ("[V] bulldog", "phol bulldog"),
+])
+def test_wordings_are_what_later_prompts_will_say(start, monkeypatch, prompt, first):
+    """With [v] they name the photos, and without it they shall stay what they are.
+
+    So shall the prompt of guidance, which says nothing.
+    """
+    given = SimpleNamespace()
+    finetune = dreambooth.finetune
+
+    def spy(model, subject, *rest, **more):
+        given.model, given.subject = model, subject
+        return finetune(model, subject, *rest, **more)
+
+    monkeypatch.setattr(dreambooth, "finetune", spy)
+    start("run", "--wordings", "--steps", "1", prompt=prompt)
+    model, subject = given.model, given.subject
+    expected = [first, "phol bulldog", "phol bulldog , 3d asset"]
+    assert torch.equal(subject.tokens, model.text.tokenize(expected))
+    assert torch.equal(subject.contexts, model.embed(expected))
+    plain = [name.replace("phol ", "") for name in expected]
+    without_v = model.embed([*plain, ""])
+    torch.testing.assert_close(subject.plain, without_v, rtol=0, atol=1e-6)
+
+
+def test_the_result_knows_its_subject(start, folder, tmp_path):
+    """The models before and after differ in the UNet alone, but for its camera."""
     start("dog", "--identifier", "ucd")
-    names = {path.relative_to(tmp_path / "dog").as_posix() for path in (tmp_path / "dog").rglob("*") if path.is_file()}
-    assert names == {"config.json", "log.jsonl", "checkpoint.safetensors", "curves.png", "photos.png", "model.safetensors", "index.html",
-                     "progress/samples_000003.png", "progress/samples_000006.png"}
-    page = (tmp_path / "dog" / "index.html").read_text()
-    assert "6 of 6 steps" in page and page.count("<img") == 3 and "refresh" not in page
-    before, after = MVDream.load(folder / "small.safetensors"), MVDream.load(tmp_path / "dog")
+    dog = tmp_path / "dog"
+    names = {path.relative_to(dog).as_posix() for path in dog.rglob("*") if path.is_file()}
+    assert names == {
+        "config.json", "log.jsonl", run.CHECKPOINT, "photos.png", "model.safetensors",
+        "index.html", "progress/samples_000003.png", "progress/samples_000006.png",
+    }
+    page = (dog / "index.html").read_text()
+    assert "6 of 6 steps" in page
+    assert page.count("<img") == 2, "the page wants the photos and the newest samples"
+    assert page.count("<polyline") == len(dreambooth.CURVES), "the page wants its curves"
+    assert "refresh" not in page, "the page waits for more, though the run has ended"
+
+    before, after = MVDream.load(folder / "small.safetensors"), MVDream.load(dog)
     assert after.config.text.identifier == "ucd"
-    assert torch.equal(after.text.tokenize(["a [v] bulldog, [V]"]), after.text.tokenize(["a ucd bulldog, ucd"]))
-    for part, same in (("vae", True), ("text", True), ("unet", False)):
-        pairs = zip(getattr(before, part).state_dict().items(), getattr(after, part).state_dict().values())
-        assert all(torch.equal(a.half(), b) for (name, a), b in pairs if not name.startswith("camera")) == same
-    assert torch.equal(before.unet.camera_mlp[0].weight.half(), after.unet.camera_mlp[0].weight)
+    with_v = after.text.tokenize(["a [v] bulldog, [V]"])
+    assert torch.equal(with_v, after.text.tokenize(["a ucd bulldog, ucd"]))
+    assert moved(before.vae, after.vae) == []
+    assert moved(before.text, after.text) == []
+    learned = moved(before.unet, after.unet)
+    assert learned
+    assert not [name for name in learned if name.startswith("camera")]
 
+
+def test_every_script_takes_the_result_and_v(start, tmp_path, monkeypatch):
+    """The folder is the --model, and "[v]" in a prompt becomes the identifier."""
+    start("dog", "--identifier", "ucd")
     asked = []
-    monkeypatch.setattr(MVDream, "sample", lambda self, prompt, *_, **__: asked.extend(prompt) or torch.zeros(1, 4, 3, 8, 8))
-    monkeypatch.setattr("sys.argv", ["sample.py", "a [v] bulldog", "--model", str(tmp_path / "dog"), "--out", str(tmp_path / "x.png")])
-    sample.main()
-    monkeypatch.setattr(distill, "distill", lambda s, prompts, *_: asked.append(prompts[0]) or (_ for _ in ()).throw(Killed))
-    monkeypatch.setattr("sys.argv", ["distill.py", "a [v] bulldog", "--model", str(tmp_path / "dog"), "--negative", "",
-                                     "--out", str(tmp_path / "3d")])
+
+    def draw(self, prompt, *_, **__):
+        asked.extend(prompt)
+        return torch.zeros(1, 4, 3, 8, 8)
+
+    def distilled(s, prompts, *_):
+        asked.append(prompts[0])
+        raise Killed
+
+    monkeypatch.setattr(MVDream, "sample", draw)
+    monkeypatch.setattr(distill, "distill", distilled)
+    flags = ["a [v] bulldog", "--model", str(tmp_path / "dog")]
+    sample.main([*flags, "--out", str(tmp_path / "x.png")])
     with pytest.raises(Killed):
-        distill.main()
+        distill.main([*flags, "--negative", "", "--out", str(tmp_path / "3d")])
     assert asked == ["a ucd bulldog"] * 2
-    assert json.loads((tmp_path / "3d" / "config.json").read_text())["prompt"] == "a [v] bulldog"
+    config = json.loads((tmp_path / "3d" / "config.json").read_text())
+    assert config["prompt"] == "a [v] bulldog"
 
 
-def test_settings_come_from_the_header_and_flags_count_more(start, tmp_path, monkeypatch):
-    seen = []
-    moments = dreambooth.data.moments
-    monkeypatch.setattr(dreambooth.data, "moments", lambda vae, rgba, *rest: seen.append(rgba) or moments(vae, rgba, *rest))
+def test_settings_come_from_the_preset_and_flags_count_more(start, tmp_path, monkeypatch):
+    shown = []
+    encode_posteriors = dreambooth.data.encode_posteriors
+
+    def spy(vae, rgba, *rest):
+        shown.append(rgba)
+        return encode_posteriors(vae, rgba, *rest)
+
+    monkeypatch.setattr(dreambooth.data, "encode_posteriors", spy)
     start("a")
     start("b", "--batch", "1", "--steps", "2", "--flips")
-    a, b = (json.loads((tmp_path / out / "config.json").read_text()) for out in "ab")
+    a, b = [json.loads((tmp_path / out / "config.json").read_text()) for out in "ab"]
     assert (a["steps"], a["batch"], a["lr"], a["flips"]) == (6, 2, 1e-3, False)
     assert (b["steps"], b["batch"], b["lr"], b["flips"]) == (2, 1, 1e-3, True)
-    assert a["files"] == ["0.png", "1.png", "2.png"] and a["preservation"] == 1.0 and a["identifier"] == "phol"
-    assert len(seen[0]) == 3 and torch.equal(seen[1], torch.cat([seen[0], seen[0].flip(-1)]))
+    assert a["files"] == ["0.png", "1.png", "2.png"]
+    assert a["preservation"] == 1.0
+    assert a["identifier"] == "phol"
+    plain, flipped = shown
+    assert len(plain) == 3
+    assert torch.equal(flipped, torch.cat([plain, plain.flip(-1)]))
 
+
+# ---- bad input -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("changes, flags, words", [
-    (dict(prompt="a photo of a bulldog"), [], 'the prompt has no [v]'),
+    (dict(prompt="a photo of a bulldog"), [], "the prompt has no [v]"),
     (dict(prompt="[v]."), [], "nothing but [v]"),
     (dict(photos="empty"), [], "holds no photos"),
     (dict(photos="nowhere"), [], "there is no folder"),
-    (dict(model="foreign.safetensors"), [], "no tensor of an MVDream or Stable Diffusion 2 model"),
+    (
+        dict(model="foreign.safetensors"),
+        [],
+        "not a tensor of an MVDream or Stable Diffusion 2 model",
+    ),
     (dict(model="nowhere"), [], "there is no model"),
     ({}, ["--identifier", "zebra"], "no word 'zebra'"),
     ({}, ["--identifier", "two words"], "no word 'two words'"),
     ({}, ["--steps", "0"], "--steps"),
     ({}, ["--resume"], "no run to resume"),
 ])
-def test_bad_input_is_one_line(start, changes, flags, words, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
-    write_safetensors(tmp_path / "foreign.safetensors", {"x": torch.zeros(1)})
-    with pytest.raises(SystemExit) as end:
-        cli.main(lambda: start("out", *flags, **changes))
-    err = capsys.readouterr().err.strip().splitlines()
-    assert end.value.code == 2 and len(err) == 1 and err[0].startswith("error:") and words in err[0]
-    assert not (tmp_path / "out").exists()
+def test_bad_input_is_one_line(start, changes, flags, words, tmp_path, capsys):
+    assert status(lambda: start("out", *flags, **changes)) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, f"not one line: {lines}"
+    assert lines[0].startswith("error:")
+    assert words in lines[0]
+    assert not (tmp_path / "out").exists(), "something was written before the mistake was found"
 
 
 def test_another_runs_checkpoint_is_refused(start, tmp_path):
     start("out")
-    run.save_checkpoint(tmp_path / "out" / "checkpoint.safetensors", {"step": 1, "nerf": {}})
+    run.save_checkpoint(tmp_path / "out" / run.CHECKPOINT, {"step": 1, "nerf": {}})
     with pytest.raises(UserError, match="not of dreambooth.py"):
         start("out", "--resume")
 
@@ -279,33 +453,55 @@ def test_a_photo_too_few_is_named_and_the_rest_is_used(start, folder, tmp_path):
         start("out", photos=photos)
 
 
+# ---- on a GPU --------------------------------------------------------------------------------
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("flags", [[], LEARNED])
 def test_pictures_are_drawn_between_captured_steps(start, folder, tmp_path, monkeypatch, flags):
-    """What does not learn comes back for the pictures and goes again, before the capture and after it, and is the same afterwards."""
+    """Before the capture and after it, what does not learn comes back for them and goes again."""
     monkeypatch.setattr(MVDream, "sample", SAMPLE)
     start("out", "--device", "cuda", "--sample-every", "2", *flags)
     rows = run.read_log(tmp_path / "out" / "log.jsonl")
-    assert [row["step"] for row in rows] == list(range(1, 7)) and rows[-1]["distance"] > rows[1]["distance"] > 0
+    assert [row["step"] for row in rows] == list(range(1, 7))
+    assert rows[-1]["distance"] > rows[1]["distance"] > 0
     assert len(list((tmp_path / "out" / "progress").iterdir())) == 3
-    before, after = (MVDream.load(path).state_dict() for path in (folder / "small.safetensors", tmp_path / "out"))
-    changed = [name for name in before if not name.startswith("unet.") and not torch.equal(before[name].half(), after[name].half())]
-    assert changed == (["text.token_embedding.weight"] if flags else [])
+    before = MVDream.load(folder / "small.safetensors")
+    after = MVDream.load(tmp_path / "out")
+    others = [name for name in moved(before, after) if not name.startswith("unet.")]
+    assert others == (["text.token_embedding.weight"] if flags else [])
 
 
 @pytest.mark.gpu
 def test_full_size_fits_and_is_quick(folder, tmp_path, monkeypatch, capsys):
-    """The command at SD 2.1's size, random weights, the paper's losses, pictures included: within 24 GiB, and at least 8 steps a second."""
+    """The command at SD 2.1's size, with random weights and the paper's losses.
+
+    It takes at most 24 GiB, of which CUDA itself takes almost one, pictures included, and does at
+    least 8 steps per second.
+    """
     with torch.device("cuda"):
         model = MVDream.random("sd21")
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    times, log = {}, run.log
+    times = {}
+    log = run.log
+
+    def log_time(path, **row):
+        times[row["step"]] = time.time()
+        log(path, **row)
+
     monkeypatch.setattr(MVDream, "load", lambda *_: model)
-    monkeypatch.setattr(run, "log", lambda path, **row: times.update({row["step"]: time.time()}) or log(path, **row))
-    dreambooth.main([str(folder / "photos"), "--prompt", PROMPT, "--out", str(tmp_path / "out"), "--steps", "60", "--device", "cuda"])
-    allocated, reserved = torch.cuda.max_memory_allocated() / 2 ** 30, torch.cuda.max_memory_reserved() / 2 ** 30
+    monkeypatch.setattr(run, "log", log_time)
+    # The settings of sd21 are dreambooth.py's own; nothing is downloaded to know that.
+    flags = ["--prompt", PROMPT, "--model", "mvdream-sd21", "--out", str(tmp_path / "out")]
+    flags += ["--steps", "60", "--sample-every", "60", "--device", "cuda"]
+    dreambooth.main([str(folder / "photos"), *flags])
+    pictures = list((tmp_path / "out" / "progress").iterdir())
+    assert len(pictures) == 1, "the pictures are not in the figures"
+    allocated = torch.cuda.max_memory_allocated() / 2**30
+    reserved = torch.cuda.max_memory_reserved() / 2**30
     speed = 40 / (times[60] - times[20])
+    memory = f"{allocated:.1f} GiB allocated, {reserved:.1f} reserved"
     with capsys.disabled():
-        print(f"{allocated:.1f} GiB allocated, {reserved:.1f} reserved, {speed:.1f} steps a second")
-    assert reserved <= 23 and speed > 8                                          # CUDA itself takes almost another one
+        print(f"{memory}, {speed:.1f} steps per second")
+    assert reserved <= 23
+    assert speed > 8

@@ -1,4 +1,8 @@
-"""The mesh of fields whose surface is known in closed form; the files are read back by parsers written here."""
+"""The mesh of fields whose surface is known in closed form, and of noise against a plain loop.
+
+The files are read back by parsers that are written here.
+"""
+import itertools
 import json
 import math
 import struct
@@ -12,96 +16,230 @@ from mvd.tools.errors import UserError
 
 
 def sphere(size=24, radius=7.0, centre=(11.3, 11.8, 11.6)):
-    """values [n, n, n] = radius - distance: positive inside; the surface at 0 is a sphere in grid coordinates."""
-    axes = np.meshgrid(*[np.arange(size)] * 3, indexing="ij")
-    return radius - np.sqrt(sum((a - c) ** 2 for a, c in zip(axes, centre)))
+    """values [n, n, n] = radius - distance: the surface at 0 is a sphere in grid coordinates."""
+    axis = np.arange(size)
+    axes = np.meshgrid(axis, axis, axis, indexing="ij")
+    squares = [(x - c) ** 2 for x, c in zip(axes, centre)]
+    return radius - np.sqrt(sum(squares))
+
+
+def corners_of(vertices, faces):
+    """The three corners of each face, [3, F, 3] float64."""
+    return vertices[faces].astype(np.float64).transpose(1, 0, 2)
 
 
 def volume(vertices, faces):
-    a, b, c = vertices[faces].astype(np.float64).transpose(1, 0, 2)
+    a, b, c = corners_of(vertices, faces)
     return (a * np.cross(b, c)).sum() / 6
 
 
 def area(vertices, faces):
-    a, b, c = vertices[faces].astype(np.float64).transpose(1, 0, 2)
+    a, b, c = corners_of(vertices, faces)
     return np.linalg.norm(np.cross(b - a, c - a), axis=1).sum() / 2
 
 
+def edges_of(face):
+    """The three edges of a face (a, b, c), in the direction in which it runs along them."""
+    a, b, c = face
+    return (a, b), (b, c), (c, a)
+
+
 def assert_closed(vertices, faces):
-    """Each edge belongs to two faces that run along it in opposite directions; no vertex is unused or there twice."""
+    """Each edge belongs to two faces that run along it in opposite directions.
+
+    No vertex is unused or there twice.
+    """
     seen = {}
-    for a, b, c in faces.tolist():
-        assert len({a, b, c}) == 3
-        for edge in ((a, b), (b, c), (c, a)):
+    for face in faces.tolist():
+        assert len(set(face)) == 3, f"face {face} has a vertex twice"
+        for edge in edges_of(face):
             seen[edge] = seen.get(edge, 0) + 1
-    assert all(count == 1 and seen.get((b, a)) == 1 for (a, b), count in seen.items())
-    assert set(faces.ravel().tolist()) == set(range(len(vertices)))
-    assert len(np.unique(vertices, axis=0)) == len(vertices)
+    for (a, b), count in seen.items():
+        assert count == 1, f"{count} faces run from {a} to {b}"
+        assert seen.get((b, a)) == 1, f"no face runs back from {b} to {a}: a hole"
+    used = set(faces.ravel().tolist())
+    assert used == set(range(len(vertices))), "a vertex belongs to no face"
+    assert len(np.unique(vertices, axis=0)) == len(vertices), "two vertices are equal"
 
 
 def euler(vertices, faces):
-    edges = {frozenset(e) for a, b, c in faces.tolist() for e in ((a, b), (b, c), (c, a))}
+    """Vertices - edges + faces: 2 per part without a hole through it."""
+    edges = set()
+    for face in faces.tolist():
+        edges.update(frozenset(edge) for edge in edges_of(face))
     return len(vertices) - len(edges) + len(faces)
 
+
+# ---- against a plain loop ----
+
+def plain_polygon(points, values, threshold):
+    """The surface in one tetrahedron: its corners in order, counter-clockwise from outside.
+
+    points: four corners [3]; values: the field there. Returns [] where nothing is crossed.
+    """
+    inside = [i for i in range(4) if values[i] > threshold]
+    outside = [i for i in range(4) if values[i] <= threshold]
+    if not inside or not outside:
+        return []
+    if len(inside) == 2:
+        # Round the quadrilateral: each edge shares one end with the next.
+        (a, b), (c, d) = inside, outside
+        edges = [(a, c), (a, d), (b, d), (b, c)]
+    else:
+        edges = list(itertools.product(inside, outside))
+    polygon = []
+    for p, q in edges:
+        t = (threshold - values[p]) / (values[q] - values[p])
+        # Kept off the ends of the edge.
+        t = min(max(t, 0.001), 0.999)
+        polygon.append(points[p] + t * (points[q] - points[p]))
+    normal = np.cross(polygon[1] - polygon[0], polygon[2] - polygon[0])
+    outward = points[outside[0]] - points[inside[0]]
+    if normal @ outward < 0:
+        polygon.reverse()
+    return polygon
+
+
+def plain_marching_tetrahedra(values, threshold):
+    """The polygons of all tetrahedra of all cells, one at a time; they share no vertices.
+
+    What reaches the border is not closed.
+    """
+    nx, ny, nz = values.shape
+    polygons = []
+    for cell in itertools.product(range(nx - 1), range(ny - 1), range(nz - 1)):
+        for order in itertools.permutations(range(3)):
+            # Walk from one corner of the cell to the opposite one, along one axis at a time.
+            point = np.array(cell)
+            points = [point]
+            for axis in order:
+                point = point + np.eye(3, dtype=int)[axis]
+                points.append(point)
+            at_points = [float(values[tuple(point)]) for point in points]
+            polygon = plain_polygon(points, at_points, threshold)
+            if polygon:
+                polygons.append(polygon)
+    return polygons
+
+
+def from_lowest(face):
+    """The same face, (a, b, c) = (b, c, a) = (c, a, b), beginning with its lowest number."""
+    start = face.index(min(face))
+    return tuple(face[start:] + face[:start])
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.4])
+def test_the_mesh_is_that_of_a_plain_loop(threshold):
+    """Every triangle of noise, which holds every case; a quadrilateral may be cut either way."""
+    noise = np.random.default_rng(3).normal(size=(5, 6, 7))
+    # Nothing reaches the border.
+    values = np.pad(noise, 1, constant_values=-3.0)
+    polygons = plain_marching_tetrahedra(values, threshold)
+    vertices, faces = mesh.marching_tetrahedra(values, threshold)
+
+    used = np.zeros(len(vertices), dtype=bool)
+    found = {from_lowest(face) for face in faces.tolist()}
+    count = 0
+    for polygon in polygons:
+        distance = np.abs(np.array(polygon)[:, None] - vertices).max(axis=2)
+        assert distance.min(axis=1).max() < 1e-5, "the mesh lacks a vertex"
+        numbers = distance.argmin(axis=1).tolist()
+        used[numbers] = True
+        count += len(polygon) - 2
+        a, b, c = numbers[:3]
+        ways = [[(a, b, c)]]
+        if len(numbers) == 4:
+            d = numbers[3]
+            ways = [[(a, b, c), (a, c, d)], [(a, b, d), (b, c, d)]]
+        there = [all(from_lowest(face) in found for face in way) for way in ways]
+        assert any(there), "the mesh lacks a triangle, or has it the wrong way round"
+    assert count == len(faces), "the mesh has other triangles too"
+    assert used.all(), "the mesh has other vertices too"
+
+
+# ---- surfaces that are known ----
 
 def test_sphere_is_closed_round_and_faces_outward():
     centre, radius = np.array([11.3, 11.8, 11.6]), 7.0
     vertices, faces = mesh.marching_tetrahedra(sphere(), 0.0)
-    assert vertices.dtype == np.float32 and faces.dtype == np.int32
+    assert vertices.dtype == np.float32
+    assert faces.dtype == np.int32
     assert_closed(vertices, faces)
     assert euler(vertices, faces) == 2
     distance = np.linalg.norm(vertices - centre, axis=1)
-    assert np.abs(distance - radius).max() < 0.06                   # linear interpolation: about edge^2 / (8 radius)
-    assert volume(vertices, faces) == pytest.approx(4 / 3 * np.pi * radius ** 3, rel=0.02)       # > 0: outward
+    # Linear interpolation is off by about edge^2 / (8 radius).
+    assert np.abs(distance - radius).max() < 0.06
+    # Positive: the faces look outward.
+    true_volume = 4 / 3 * np.pi * radius ** 3
+    assert volume(vertices, faces) == pytest.approx(true_volume, rel=0.02)
     assert area(vertices, faces) == pytest.approx(4 * np.pi * radius ** 2, rel=0.02)
-    a, b, c = vertices[faces].astype(np.float64).transpose(1, 0, 2)
-    assert ((np.cross(b - a, c - a) * ((a + b + c) / 3 - centre)).sum(1) > 0).all()
+    a, b, c = corners_of(vertices, faces)
+    of_face = np.cross(b - a, c - a)
+    from_centre = (a + b + c) / 3 - centre
+    assert ((of_face * from_centre).sum(1) > 0).all(), "a face looks inward"
     normals = mesh.vertex_normals(vertices, faces)
-    assert ((normals * (vertices - centre) / distance[:, None]).sum(1) > 0.97).all()
+    true_normals = (vertices - centre) / distance[:, None]
+    assert ((normals * true_normals).sum(1) > 0.97).all()
     assert np.linalg.norm(normals, axis=1) == pytest.approx(1, abs=1e-6)
 
 
 def test_volume_converges():
     """Half the cell, a quarter of the error: second order, as linear interpolation promises."""
-    error = [abs(volume(*mesh.marching_tetrahedra(sphere(n, 0.3 * n, (0.49 * n, 0.5 * n, 0.51 * n)), 0.0))
-                 / (4 / 3 * np.pi * (0.3 * n) ** 3) - 1) for n in (16, 32)]
+    error = []
+    for n in (16, 32):
+        ball = sphere(n, 0.3 * n, (0.49 * n, 0.5 * n, 0.51 * n))
+        true_volume = 4 / 3 * np.pi * (0.3 * n) ** 3
+        found = volume(*mesh.marching_tetrahedra(ball, 0.0))
+        error.append(abs(found / true_volume - 1))
     assert 3 < error[0] / error[1] < 5
 
 
 def test_threshold_moves_the_surface():
     for threshold in (-2.0, 3.0):
-        vertices, faces = mesh.marching_tetrahedra(torch.from_numpy(sphere()), threshold)
-        assert volume(vertices, faces) == pytest.approx(4 / 3 * np.pi * (7 - threshold) ** 3, rel=0.04)
+        ball = torch.from_numpy(sphere())
+        vertices, faces = mesh.marching_tetrahedra(ball, threshold)
+        true_volume = 4 / 3 * np.pi * (7 - threshold) ** 3
+        assert volume(vertices, faces) == pytest.approx(true_volume, rel=0.04)
 
 
 def test_plane_is_exact():
-    """A field linear in space has its surface exactly where it should be, whatever the tetrahedron."""
-    x, y, z = np.meshgrid(*[np.arange(9.0)] * 3, indexing="ij")
+    """A field linear in space has its surface exactly where it should be in each tetrahedron."""
+    axis = np.arange(9.0)
+    x, y, z = np.meshgrid(axis, axis, axis, indexing="ij")
     field = 0.31 * x + 0.47 * y - 0.22 * z - 1.7
     vertices, _ = mesh.marching_tetrahedra(field, 0.0)
-    inner = vertices[((vertices >= 0) & (vertices <= 8)).all(1)].astype(np.float64)
+    within = ((vertices >= 0) & (vertices <= 8)).all(1)
+    inner = vertices[within].astype(np.float64)
     assert len(inner) > 100
-    assert np.abs(inner @ [0.31, 0.47, -0.22] - 1.7).max() < 1e-3   # crossings are kept 1/1000 off the grid points
+    # Crossings are kept 1/1000 off the grid points.
+    assert np.abs(inner @ [0.31, 0.47, -0.22] - 1.7).max() < 1e-3
 
 
 @pytest.mark.parametrize("values, genus_0_parts", [
-    (np.ones((5, 5, 5)), 1),                                                        # all inside: the border closes it
-    (sphere(16, 9.0, (8, 8, 8)), 1),                                                # cut off by six sides
-    (sphere(12, 5.0, (0, 0, 11)), 1),                                               # in a corner
+    # All inside: the border closes it.
+    (np.ones((5, 5, 5)), 1),
+    # Cut off by six sides.
+    (sphere(16, 9.0, (8, 8, 8)), 1),
+    # In a corner.
+    (sphere(12, 5.0, (0, 0, 11)), 1),
 ])
 def test_border_is_closed(values, genus_0_parts):
     vertices, faces = mesh.marching_tetrahedra(values, 0.0)
     assert_closed(vertices, faces)
     assert euler(vertices, faces) == 2 * genus_0_parts
-    assert vertices.min() >= -0.5 and vertices.max() <= values.shape[0] - 0.5 and volume(vertices, faces) > 0
+    assert vertices.min() >= -0.5
+    assert vertices.max() <= values.shape[0] - 0.5
+    assert volume(vertices, faces) > 0
 
 
 def test_noise_and_special_values_are_closed():
-    """Random fields hold every case; values exactly at the threshold, infinities and NaN must not open the surface."""
+    """Values exactly at the threshold, infinities and NaN must not open the surface."""
     generator = np.random.default_rng(0)
     values = generator.normal(size=(9, 9, 9))
     values[generator.random(values.shape) < 0.1] = 0.0
-    values[1, 2, 3], values[4, 4, 4], values[5, 6, 7] = np.inf, -np.inf, np.nan
+    values[1, 2, 3] = np.inf
+    values[4, 4, 4] = -np.inf
+    values[5, 6, 7] = np.nan
     vertices, faces = mesh.marching_tetrahedra(values, 0.0)
     assert np.isfinite(vertices).all()
     assert_closed(vertices, faces)
@@ -109,20 +247,28 @@ def test_noise_and_special_values_are_closed():
 
 def test_empty():
     vertices, faces = mesh.marching_tetrahedra(np.zeros((4, 4, 4)), 1.0)
-    assert vertices.shape == (0, 3) and faces.shape == (0, 3)
+    assert vertices.shape == (0, 3)
+    assert faces.shape == (0, 3)
     with pytest.raises(UserError, match="density stays below 25"):
         mesh.extract(lambda p: p[:, 0] * 0 + 3, lambda p: p, resolution=8)
 
 
+# ---- parts ----
+
 def test_specks_go_and_parts_stay():
-    values = np.max([sphere(40, 8.0, (10, 12, 12)), sphere(40, 7.0, (29, 25, 27)), sphere(40, 0.9, (33, 4, 4))], axis=0)
-    vertices, faces = mesh.marching_tetrahedra(values, 0.0)
+    balls = [
+        sphere(40, 8.0, (10, 12, 12)),
+        sphere(40, 7.0, (29, 25, 27)),
+        sphere(40, 0.9, (33, 4, 4)),
+    ]
+    vertices, faces = mesh.marching_tetrahedra(np.max(balls, axis=0), 0.0)
     assert euler(vertices, faces) == 6
     kept, kept_faces = mesh.drop_specks(vertices, faces)
     assert_closed(kept, kept_faces)
     assert euler(kept, kept_faces) == 4
     speck = np.linalg.norm(vertices - [33, 4, 4], axis=1) < 3
-    assert {tuple(v) for v in kept.tolist()} == {tuple(v) for v in vertices[~speck].tolist()}
+    expected = {tuple(v) for v in vertices[~speck].tolist()}
+    assert {tuple(v) for v in kept.tolist()} == expected
     assert euler(*mesh.drop_specks(vertices, faces, share=0.9)) == 2
 
 
@@ -130,73 +276,118 @@ def test_parts_of_a_long_chain():
     """Labels must travel to the far end of a strip whatever the order of its vertices."""
     order = np.random.default_rng(1).permutation(600)
     strip = np.stack([order[:-2], order[1:-1], order[2:]], 1)
-    faces = np.concatenate([strip[:299 - 2], strip[300:]])          # two strips: 299 and 300 vertices
-    _, kept = mesh.drop_specks(np.zeros((600, 3), np.float32), faces, share=0.5)
+    # Two strips: 299 and 300 vertices.
+    faces = np.concatenate([strip[:299 - 2], strip[300:]])
+    vertices = np.zeros((600, 3), np.float32)
+    _, kept = mesh.drop_specks(vertices, faces, share=0.5)
     assert len(kept) == len(faces)
-    _, kept = mesh.drop_specks(np.zeros((600, 3), np.float32), faces, share=1.0)
+    _, kept = mesh.drop_specks(vertices, faces, share=1.0)
     assert len(kept) == 298
+
+
+# ---- from a field ----
+
+CENTRE = [0.2, -0.1, 0.3]
 
 
 @pytest.fixture(scope="module")
 def ball():
-    """A ball of density round (0.2, -0.1, 0.3), coloured by position."""
+    """A ball of density, coloured by position."""
     calls = []
 
     def density(points):
         calls.append(len(points))
-        return 25 + 200 * (0.5 - (points - torch.tensor([0.2, -0.1, 0.3])).norm(dim=-1))
-    result = mesh.extract(density, lambda points: (points * 1.5 + 1) / 2, resolution=44)
-    assert sum(calls[:2]) == 44 ** 3 and max(calls) <= 65536 < 44 ** 3
+        distance = (points - torch.tensor(CENTRE)).norm(dim=-1)
+        return 25 + 200 * (0.5 - distance)
+
+    def colour(points):
+        return (points * 1.5 + 1) / 2
+
+    result = mesh.extract(density, colour, resolution=44)
+    assert sum(calls[:2]) == 44 ** 3, "not one density per cell"
+    assert max(calls) <= 65536 < 44 ** 3, "too many points at once"
     return result
 
 
 def test_extract_in_world_units(ball):
-    assert np.abs(np.linalg.norm(ball.vertices - [0.2, -0.1, 0.3], axis=1) - 0.5).max() < 3e-3
-    centre, depth = np.array([0.2, -0.1, 0.3]), np.linspace(-0.05, 0.25, 3001)                # along rays to the centre
+    distance = np.linalg.norm(ball.vertices - CENTRE, axis=1)
+    assert np.abs(distance - 0.5).max() < 3e-3
+    # Along rays to the centre.
+    depth = np.linspace(-0.05, 0.25, 3001)
     optical = (25 + 200 * depth).clip(0) * 1e-4
     weights = np.exp(-np.cumsum(optical)) * optical
-    seen_at = 0.5 - (weights * depth).sum() / weights.sum()         # the radius at which the colour, which is linear, is seen
-    on_average = centre + (ball.vertices - centre) * seen_at / 0.5
-    assert ball.colours == pytest.approx(np.clip((on_average * 1.5 + 1) / 2, 0, 1), abs=0.02)
-    assert ball.colours.max() == 1.0                                # clamped: the ball reaches 0.8 in z
-    assert all(array.dtype == np.float32 for array in (ball.vertices, ball.colours, ball.normals))
+    # The radius at which the colour, which is linear, is seen.
+    seen_at = 0.5 - (weights * depth).sum() / weights.sum()
+    on_average = CENTRE + (ball.vertices - CENTRE) * seen_at / 0.5
+    expected = np.clip((on_average * 1.5 + 1) / 2, 0, 1)
+    assert ball.colours == pytest.approx(expected, abs=0.02)
+    # Clamped: the ball reaches 0.8 in z.
+    assert ball.colours.max() == 1.0
+    for array in (ball.vertices, ball.colours, ball.normals):
+        assert array.dtype == np.float32
 
 
 def test_colours_are_those_that_a_ray_collects():
-    """Half a space of density 40, its colour the depth: the closed form of the mean depth of a homogeneous medium."""
-    points, inward = torch.zeros(3, 3), torch.tensor([1.0, 0.0, 0.0]).expand(3, 3)
-    seen = mesh.seen_colours(lambda x: 40.0 * (x[:, 0] > 0), lambda x: x[:, :1].expand(-1, 3), points, inward, samples=3000)
-    mean_depth = 1 / 40 - 0.25 * math.exp(-40 * 0.25) / (1 - math.exp(-40 * 0.25))
+    """Half a space of density 40, its colour the depth.
+
+    The closed form is the mean depth of a homogeneous medium.
+    """
+    points = torch.zeros(3, 3)
+    inward = torch.tensor([1.0, 0.0, 0.0]).expand(3, 3)
+
+    def density(x):
+        return 40.0 * (x[:, 0] > 0)
+
+    def colour(x):
+        return x[:, :1].expand(-1, 3)
+
+    seen = mesh.seen_colours(density, colour, points, inward, samples=3000)
+    passed = math.exp(-40 * 0.25)
+    mean_depth = 1 / 40 - 0.25 * passed / (1 - passed)
     assert seen.numpy() == pytest.approx(mean_depth, rel=5e-3)
+    # Where nothing is seen, nothing is divided by 0.
     nothing = mesh.seen_colours(lambda x: 0 * x[:, 0], lambda x: x, points, inward)
-    assert torch.equal(nothing, torch.zeros(3, 3))                  # nothing is seen, and nothing is divided by 0
+    assert torch.equal(nothing, torch.zeros(3, 3))
 
 
 def test_extract_fills_the_box_when_everything_is_dense():
     box = mesh.extract(lambda p: p[:, 0] * 0 + 100, lambda p: p * 0, resolution=10)
-    assert box.vertices.min(0) == pytest.approx(-1) and box.vertices.max(0) == pytest.approx(1)
+    assert box.vertices.min(0) == pytest.approx(-1)
+    assert box.vertices.max(0) == pytest.approx(1)
+
+
+# ---- files ----
+
+COMPONENTS = {5123: "<u2", 5125: "<u4", 5126: "<f4"}
+WIDTHS = {"SCALAR": 1, "VEC3": 3, "VEC4": 4}
 
 
 def read_glb(data):
-    """Independent reader: -> (document, [array of each accessor])."""
+    """Independent reader: bytes -> (document, [array of each accessor])."""
     magic, version, length = struct.unpack_from("<4sII", data)
     assert (magic, version, length) == (b"glTF", 2, len(data))
     text_length, text_kind = struct.unpack_from("<I4s", data, 12)
     bin_length, bin_kind = struct.unpack_from("<I4s", data, 20 + text_length)
     assert text_kind == b"JSON" and bin_kind == b"BIN\0"
-    assert text_length % 4 == 0 and bin_length % 4 == 0 and 28 + text_length + bin_length == length
+    assert text_length % 4 == 0 and bin_length % 4 == 0
+    assert 28 + text_length + bin_length == length
     document = json.loads(data[20:20 + text_length])
     blob = data[28 + text_length:]
-    assert len(document["buffers"]) == 1 and 0 <= bin_length - document["buffers"][0]["byteLength"] <= 3
+    assert len(document["buffers"]) == 1
+    buffer_length = document["buffers"][0]["byteLength"]
+    assert 0 <= bin_length - buffer_length <= 3
     arrays = []
     for accessor in document["accessors"]:
         view = document["bufferViews"][accessor["bufferView"]]
-        kind = {5123: "<u2", 5125: "<u4", 5126: "<f4"}[accessor["componentType"]]
-        width = {"SCALAR": 1, "VEC3": 3, "VEC4": 4}[accessor["type"]]
-        assert view["byteOffset"] % 4 == 0
-        assert view["byteLength"] == accessor["count"] * width * np.dtype(kind).itemsize
-        assert view["byteOffset"] + view["byteLength"] <= document["buffers"][0]["byteLength"]
-        arrays.append(np.frombuffer(blob, kind, accessor["count"] * width, view["byteOffset"]).reshape(-1, width))
+        kind = COMPONENTS[accessor["componentType"]]
+        width = WIDTHS[accessor["type"]]
+        size = accessor["count"] * width
+        offset = view["byteOffset"]
+        assert offset % 4 == 0
+        assert view["byteLength"] == size * np.dtype(kind).itemsize
+        assert offset + view["byteLength"] <= buffer_length
+        array = np.frombuffer(blob, kind, size, offset)
+        arrays.append(array.reshape(-1, width))
     return document, arrays
 
 
@@ -205,40 +396,64 @@ def test_glb(ball, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["ball.glb"]
     document, arrays = read_glb((tmp_path / "ball.glb").read_bytes())
     assert document["asset"]["version"] == "2.0"
-    node = document["nodes"][document["scenes"][document["scene"]]["nodes"][0]]
+    scene = document["scenes"][document["scene"]]
+    node = document["nodes"][scene["nodes"][0]]
     primitive, = document["meshes"][node["mesh"]]["primitives"]
-    positions, normals, colours = (arrays[primitive["attributes"][name]] for name in ("POSITION", "NORMAL", "COLOR_0"))
+    attributes = primitive["attributes"]
+    positions = arrays[attributes["POSITION"]]
+    normals = arrays[attributes["NORMAL"]]
+    colours = arrays[attributes["COLOR_0"]]
     indices = arrays[primitive["indices"]].reshape(-1, 3)
-    # y up and the front, +x of our world, toward +z; our +y, the left of who looks along +x, becomes +x.
-    assert np.array_equal(positions[:, 1], ball.vertices[:, 2]) and np.array_equal(positions[:, 2], ball.vertices[:, 0])
+    # y is up, and the front, +x of our world, looks toward +z. Our +y, which is on the left
+    # of who looks along +x, becomes +x.
+    assert np.array_equal(positions[:, 1], ball.vertices[:, 2])
+    assert np.array_equal(positions[:, 2], ball.vertices[:, 0])
     assert np.array_equal(positions[:, 0], ball.vertices[:, 1])
-    accessor = document["accessors"][primitive["attributes"]["POSITION"]]
-    assert accessor["min"] == positions.min(0).tolist() and accessor["max"] == positions.max(0).tolist()
-    assert len(positions) == len(normals) == len(colours) and np.array_equal(indices, ball.faces)
+    accessor = document["accessors"][attributes["POSITION"]]
+    assert accessor["min"] == positions.min(0).tolist()
+    assert accessor["max"] == positions.max(0).tolist()
+    assert len(positions) == len(normals) == len(colours)
+    assert np.array_equal(indices, ball.faces)
     # A positive volume: turned, not mirrored.
-    assert volume(positions, indices.astype(np.int64)) == pytest.approx(4 / 3 * np.pi * 0.125, rel=0.02)
-    assert ((positions - [-0.1, 0.3, 0.2]) * normals).sum(1).min() > 0.48
-    assert document["accessors"][primitive["attributes"]["COLOR_0"]]["normalized"] is True
+    true_volume = 4 / 3 * np.pi * 0.125
+    found = volume(positions, indices.astype(np.int64))
+    assert found == pytest.approx(true_volume, rel=0.02)
+    outward = positions - [-0.1, 0.3, 0.2]
+    assert (outward * normals).sum(1).min() > 0.48
+    accessor = document["accessors"][attributes["COLOR_0"]]
+    assert accessor["normalized"] is True
     assert (colours[:, 3] == 65535).all()
-    srgb = [c / 65535 * 12.92 if c <= 0.0031308 * 65535 else 1.055 * (c / 65535) ** (1 / 2.4) - 0.055
-            for c in colours[:500, :3].ravel().tolist()]
+    srgb = []
+    for c in colours[:500, :3].ravel().tolist():
+        c = c / 65535
+        if c <= 0.0031308:
+            srgb.append(c * 12.92)
+        else:
+            srgb.append(1.055 * c ** (1 / 2.4) - 0.055)
     assert srgb == pytest.approx(ball.colours[:500].ravel().tolist(), abs=2e-4)
-    material = document["materials"][primitive["material"]]["pbrMetallicRoughness"]
-    assert material["metallicFactor"] == 0
+    material = document["materials"][primitive["material"]]
+    assert material["pbrMetallicRoughness"]["metallicFactor"] == 0
 
 
 def test_linear_colour_of_mid_grey(ball, tmp_path):
-    grey = ball._replace(colours=np.full_like(ball.colours, 188 / 255))              # sRGB 188 is half of the light
+    # sRGB 188 is half of the light.
+    grey = ball._replace(colours=np.full_like(ball.colours, 188 / 255))
     mesh.write_glb(tmp_path / "grey.glb", grey)
-    assert read_glb((tmp_path / "grey.glb").read_bytes())[1][2][0, :3] / 65535 == pytest.approx([0.5] * 3, abs=0.003)
+    _, arrays = read_glb((tmp_path / "grey.glb").read_bytes())
+    assert arrays[2][0, :3] / 65535 == pytest.approx([0.5] * 3, abs=0.003)
 
 
 def test_obj(ball, tmp_path):
     mesh.write_obj(tmp_path / "ball.obj", ball)
-    rows = [line.split() for line in (tmp_path / "ball.obj").read_text().splitlines()]
-    vertices = np.array([[float(x) for x in row[1:]] for row in rows if row[0] == "v"])
-    faces = np.array([[int(x) for x in row[1:]] for row in rows if row[0] == "f"])
-    assert len(vertices) + len(faces) == len(rows)
+    vertices, faces = [], []
+    for line in (tmp_path / "ball.obj").read_text().splitlines():
+        kind, *numbers = line.split()
+        if kind == "v":
+            vertices.append([float(number) for number in numbers])
+        else:
+            assert kind == "f", f"a line of another kind: {line}"
+            faces.append([int(number) for number in numbers])
+    vertices = np.array(vertices)
     assert vertices[:, :3] == pytest.approx(ball.vertices[:, [1, 2, 0]], abs=1e-6)
     assert vertices[:, 3:] == pytest.approx(ball.colours, abs=1e-4)
     assert np.array_equal(faces, ball.faces + 1)

@@ -1,7 +1,8 @@
-"""The whole 3D loop with a denoiser that is always right: distillation must then rebuild the object that it has in mind.
+"""The whole 3D loop with a denoiser that is always right: distillation must rebuild its object.
 
-In place of the UNet stands a function that knows the thing and the cameras, and returns exactly the noise that separates x_t from the
-thing's own pictures. What comes out is compared with renders of the thing, from sides chosen here.
+In place of the UNet stands a function that knows the object and the cameras. It returns exactly
+the noise that separates x_t from the object's own pictures. The result is compared with renders
+of the object, from sides chosen here.
 """
 import types
 
@@ -9,38 +10,53 @@ import torch
 import torch.nn.functional as F
 
 import distill
-from mvd import cameras, diffusion, sds
-from mvd.toyworld import tracer as sdf, world as toyworld
+from mvd import cameras, diffusion, render, sds
+from mvd.toyworld import shapes, tracer
 
-GREY, BOX = 0.8, 0.9 / 0.5                       # behind the pictures; how much larger the field's box shows things than the world
-
-
-def pictures_of(shapes, palette, c2w, fov_deg, size, background):
-    """Renders of the thing in the field's box: c2w [V, 4, 4], fov_deg a number -> [V, 3, H, W]."""
-    c2w = torch.cat([c2w[..., :3], torch.cat([c2w[..., :3, 3:] / BOX, c2w[..., 3:, 3:]], -2)], -1)
-    rgba = sdf.paint(sdf.render(shapes, c2w[None], fov_deg, size), palette)[0]
-    return rgba[:, :3] * rgba[:, 3:] + background * (1 - rgba[:, 3:])
+SIZE = 32
+# Behind the pictures.
+GREY = 0.8
+# So much larger does the field's box show things than the world.
+SCALE = 0.9 / 0.5
 
 
-class World:
-    """A model of one thing. Latents are the pixels themselves, sixteen to a latent pixel."""
+def pictures_of(solids, palette, c2w, fov_deg, background):
+    """Renders of the object in the field's box: c2w [V, 4, 4], fov_deg [1] -> [V, 3, H, W]."""
+    c2w = c2w.clone()
+    c2w[:, :3, 3] /= SCALE
+    buffers = tracer.trace(solids, c2w[None], fov_deg, SIZE)
+    rgba = tracer.paint(buffers, palette)[0]
+    colour, alpha = rgba[:, :3], rgba[:, 3:]
+    return colour * alpha + background * (1 - alpha)
 
-    def __init__(self, monkeypatch):
-        self.config = types.SimpleNamespace(size=32)
+
+class PerfectModel:
+    """A model of one object. Its latents are the pixels themselves, sixteen per latent pixel.
+
+    From `watch` on, it knows the cameras and the background of the step under way.
+    """
+
+    def __init__(self):
+        self.config = types.SimpleNamespace(size=SIZE)
         self.device = torch.device("cpu")
-        self.shapes, self.palette = toyworld.build("bulldog", "crown", [7]), toyworld.palette(["red"])
-        self.unet = Denoiser(self)
-        draw_cameras, render = sds.draw_cameras, distill.render.render
+        self.solids = shapes.build("bulldog", "crown", [7])
+        self.palette = shapes.palette(["red"])
+        self.c2w = self.fov = self.background = None
+
+    def watch(self, monkeypatch):
+        """Look over the shoulder of whoever draws cameras and renders the field."""
+        draw_cameras, render_rays = sds.draw_cameras, render.render_rays
 
         def remember_cameras(*args, **kwargs):
             self.c2w, self.fov = draw_cameras(*args, **kwargs)
             return self.c2w, self.fov
 
-        def remember_background(nerf, occupancy, origins, directions, background, *args, **kwargs):
+        def remember_background(nerf, occupancy, origins, directions, background, **more):
             self.background = background[0, 0]
-            return render(nerf, occupancy, origins, directions, background, *args, **kwargs)
+            return render_rays(nerf, occupancy, origins, directions, background, **more)
+
         monkeypatch.setattr(sds, "draw_cameras", remember_cameras)
-        monkeypatch.setattr(distill.render, "render", remember_background)
+        monkeypatch.setattr(render, "render_rays", remember_background)
 
     def embed(self, prompts):
         return torch.zeros(len(prompts), 1, 1)
@@ -48,35 +64,55 @@ class World:
     def encode(self, images, sample=False):
         return 0.5 * F.pixel_unshuffle(images, 4)
 
+    def decode(self, latents):
+        return F.pixel_shuffle(2 * latents, 4)
 
-class Denoiser:
-    """In place of the UNet."""
-    conv_out = torch.nn.Conv2d(1, 1, 1)                                          # its weight says the number format
-
-    def __init__(self, world):
-        self.world = world
-
-    def __call__(self, x, t, context, camera):
-        w = self.world
-        truth = pictures_of(w.shapes, w.palette, w.c2w[0], w.fov, w.config.size, w.background)
-        z = w.encode(2 * truth[None] - 1)
-        abar = diffusion.alphas_cumprod()[t].view(-1, 1, 1, 1, 1)
-        return (x - abar.sqrt() * z) / (1 - abar).sqrt()
+    def unet(self, x_t, t, context, camera):
+        """The noise in x_t, for both halves of guidance."""
+        truth = pictures_of(self.solids, self.palette, self.c2w[0], self.fov, self.background)
+        x0 = self.encode(2 * truth[None] - 1)
+        abar = diffusion.alpha_bar(t, x_t)
+        return (x_t - abar.sqrt() * x0) / (1 - abar).sqrt()
 
 
 def test_a_perfect_denoiser_rebuilds_its_object(monkeypatch, tmp_path):
-    model = World(monkeypatch)
+    model = PerfectModel()
+    model.watch(monkeypatch)
     (tmp_path / "progress").mkdir()
-    s = distill.Settings(prompt="a red bulldog wearing a crown", steps=80, coarse_size=32, coarse_sets=1, fine_size=32, fine_sets=1,
-                         coarse_budget=1 << 14, fine_budget=1 << 14, step_size=0.04, random_background=1.0, grey_background=True,
-                         occupancy_cells=32, levels=6, log2_entries=14,
-                         coarsest=8, finest=64, lr_grid=0.05, lr=0.01, occupancy_every=8)
-    nerf, occupancy, _ = distill.distill(s, (s.prompt, s.negative), model, tmp_path)
-    seen, where = distill.look(s, nerf, occupancy, [30.0, 120.0, 210.0, 300.0], 32)
-    c2w = cameras.orbit(where["elevation"], where["azimuth"], where["distance"])
-    truth = pictures_of(model.shapes, model.palette, c2w, torch.tensor([where["fov"]]), 32, GREY)
+    s = sds.DistillSettings(
+        prompt="a red bulldog wearing a crown",
+        steps=80,
+        coarse_size=SIZE,
+        coarse_sets=1,
+        fine_size=SIZE,
+        fine_sets=1,
+        coarse_budget=1 << 14,
+        fine_budget=1 << 14,
+        step_size=0.04,
+        random_background=1.0,
+        grey_background=True,
+        occupancy_cells=32,
+        levels=6,
+        log2_entries=14,
+        coarsest=8,
+        finest=64,
+        lr_grid=0.05,
+        lr=0.01,
+        occupancy_every=8,
+    )
+    prompts = s.prompt, s.negative
+    distillation, done = distill.distill(s, prompts, model, tmp_path)
+    assert done == 80
+    azimuths = [30.0, 120.0, 210.0, 300.0]
+    seen, camera = distill.view_from(distillation, azimuths, SIZE)
+    c2w = cameras.orbit(camera["elevation"], camera["azimuth"], camera["distance"])
+    fov = torch.tensor([camera["fov"]])
+    truth = pictures_of(model.solids, model.palette, c2w, fov, GREY)
+    from_behind = truth.roll(2, 0)
     error = (seen.rgb - truth).square().mean((1, 2, 3))
-    turned = (seen.rgb - truth.roll(2, 0)).square().mean((1, 2, 3))              # the same thing seen from behind
-    assert (-10 * torch.log10(error)).min() > 20                                 # PSNR of every view
-    assert (error < 0.5 * turned).all()
-    assert seen.opacity[..., 0, :].mean() < 0.02 and seen.opacity[..., 0].mean() < 0.02
+    turned = (seen.rgb - from_behind).square().mean((1, 2, 3))
+    psnr = -10 * torch.log10(error)
+    assert psnr.min() > 20, f"the PSNR of the views is {psnr.tolist()}"
+    assert (error < 0.5 * turned).all(), "a view looks like the object's other side"
+    top, left = seen.opacity[..., 0, :], seen.opacity[..., 0]
+    assert top.mean() < 0.02 and left.mean() < 0.02, "there is haze round the object"

@@ -22,7 +22,6 @@ import train
 from mvd import MVDream, mesh
 from mvd.tools import run
 from mvd.tools.files import read_safetensors
-from mvd.model import PRESETS
 from scripts import saved_model
 from test_model import small_config
 
@@ -104,9 +103,8 @@ def run_distill(folder, patch):
 
 def run_train(folder, patch):
     toy_data.write(folder / "data", size=64)
-    patch.setitem(PRESETS, "tiny", small_config())
     command(patch, train.main, "--data", folder / "data", "--out", folder / "run",
-            "--device", "cpu", *TRAIN)
+            "--preset", "nano", "--device", "cpu", *TRAIN)
     tensors, _ = read_safetensors(folder / "run" / "model.safetensors")
     return [*tensors.values(), losses(folder / "run")]
 

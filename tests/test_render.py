@@ -3,30 +3,38 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mvd.cameras import orbit, rays
+from mvd.hashgrid import HashGridConfig
 from mvd.nerf import NeRF, NeRFConfig
-from mvd.render import (DIAGONAL, OccupancyGrid, Samples, Shading, box_interval, choose, composite, draw_light, draw_offsets,
-                        march, orientation_loss, render, render_image, sample, shade)
+from mvd.render import (
+    DIAGONAL, OccupancyGrid, Samples, Shading, box_interval, composite, draw_jitter, draw_light,
+    march_rays, orientation_loss, render_rays, render_views, sample_rays, select_samples, shade)
 
 
 class Ball:
-    """A field with a known formula: a ball round `centre` whose density falls off over `edge`; the colour is the
-    place."""
+    """A field with a known formula: a ball around `centre` whose density falls off over `edge`;
+    the colour is the place."""
 
     def __init__(self, density=40.0, radius=0.5, edge=0.02, centre=(0.0, 0.0, 0.0)):
-        self.strength, self.radius, self.edge, self.centre = density, radius, edge, centre
+        self.strength = density
+        self.radius = radius
+        self.edge = edge
+        self.centre = centre
 
     def density(self, x):
-        away = torch.linalg.vector_norm(x - torch.tensor(self.centre, dtype=x.dtype), dim=-1)
+        away = x - torch.tensor(self.centre, dtype=x.dtype)
+        away = torch.linalg.vector_norm(away, dim=-1)
         return self.strength * torch.sigmoid((self.radius - away) / self.edge)
 
     def __call__(self, x):
         return self.density(x), 0.5 + 0.5 * x
 
     def with_normals(self, x):
-        return *self(x), torch.nn.functional.normalize(x - torch.tensor(self.centre), dim=-1)
+        density, colour = self(x)
+        return density, colour, F.normalize(x - torch.tensor(self.centre), dim=-1)
 
     def background(self, directions):
         return torch.full_like(directions, 0.25)
@@ -46,49 +54,65 @@ def view(size=16, elevation=20.0, azimuth=30.0, distance=2.5, fov=40.0):
 
 
 def quadrature(field, origins, directions, background, parts=2000):
-    """The volume rendering integral on a dense, even grid along each ray, in double precision."""
-    origins, directions = origins.double(), directions.double()
-    low = torch.linspace(0, 6, parts + 1, dtype=torch.float64)
-    t, width = (low[1:] + low[:-1]) / 2, 6 / parts
+    """The rgb of the volume rendering integral, on a dense, even grid along each ray, in double
+    precision."""
+    origins = origins.double()
+    directions = directions.double()
+    edges = torch.linspace(0, 6, parts + 1, dtype=torch.float64)
+    t = (edges[1:] + edges[:-1]) / 2
     x = origins[:, None] + directions[:, None] * t[:, None]
     density, colour = field(x)
     density = density * (x.abs() <= 1).all(-1)
-    depth = density * width
+    depth = density * (6 / parts)
     light = torch.exp(-(depth.cumsum(-1) - depth))
     weights = light * (1 - torch.exp(-depth))
     opacity = weights.sum(-1)
-    return (weights[..., None] * colour).sum(1) + (1 - opacity)[:, None] * background, opacity, (weights * t).sum(-1)
+    return (weights[..., None] * colour).sum(1) + (1 - opacity)[:, None] * background
 
 
-def plain(n):
+def middle(n):
+    """The jitter of rays that look at the middle of each step."""
     return torch.full((n,), 0.5)
+
+
+def cells_of(x, size):
+    """The cells of points [..., 3] along x, y, z: [3, ...]."""
+    return ((x + 1) / 2 * size).floor().long().movedim(-1, 0)
 
 
 # ---------------------------------------------------------------- occupancy
 
 def test_box_interval_by_looking():
     torch.manual_seed(0)
-    origins, directions = torch.randn(300, 3) * 1.5, torch.nn.functional.normalize(torch.randn(300, 3), dim=-1)
+    origins = torch.randn(300, 3) * 1.5
+    directions = F.normalize(torch.randn(300, 3), dim=-1)
     directions[:3] = torch.eye(3)
     near, far = box_interval(origins, directions)
     t = torch.linspace(0, 8, 8001)
-    inside = ((origins[:, None] + directions[:, None] * t[:, None]).abs() <= 1).all(-1)
+    x = origins[:, None] + directions[:, None] * t[:, None]
+    inside = (x.abs() <= 1).all(-1)
     for i in range(300):
-        if inside[i].any():
-            assert abs(float(t[inside[i]][0] - near[i])) < 2e-3 and abs(float(t[inside[i]][-1] - far[i])) < 2e-3
+        seen = t[inside[i]]
+        if len(seen):
+            assert abs(float(seen[0] - near[i])) < 2e-3, i
+            assert abs(float(seen[-1] - far[i])) < 2e-3, i
         else:
-            assert far[i] - near[i] < 2e-3
+            assert far[i] - near[i] < 2e-3, f"ray {i} misses the box"
 
 
 @pytest.mark.parametrize("everywhere", [True, False])
 def test_occupancy_update_is_the_plain_loop(everywhere):
-    size, step = 8, 0.05
+    size = 8
+    count = size ** 3
+    step = 0.05
     occupancy = OccupancyGrid(size=size, decay=0.9)
     generator = torch.Generator().manual_seed(1)
-    occupancy.upper.copy_(torch.rand(size ** 3, generator=generator) ** 4)
-    occupancy.lower.copy_(torch.rand(size ** 3, generator=generator))
-    upper, lower, busy = occupancy.upper.tolist(), occupancy.lower.tolist(), occupancy.occupied(step)
-    assert 0 < busy.sum() < size ** 3
+    occupancy.density_max.copy_(torch.rand(count, generator=generator) ** 4)
+    occupancy.density_min.copy_(torch.rand(count, generator=generator))
+    upper = occupancy.density_max.tolist()
+    lower = occupancy.density_min.tolist()
+    busy = occupancy.occupied(step)
+    assert 0 < busy.sum() < count
     asked = []
 
     def density(x):
@@ -96,255 +120,364 @@ def test_occupancy_update_is_the_plain_loop(everywhere):
         return asked[-1][1]
 
     occupancy.update(density, step, everywhere, generator)
-    (x, answers), = asked
-    ix, iy, iz = ((x + 1) / 2 * size).floor().long().T
+    assert len(asked) == 1, "the density is asked once"
+    x, answers = asked[0]
+    ix, iy, iz = cells_of(x, size)
     cells = (ix * size * size + iy * size + iz).tolist()
     if everywhere:
-        assert sorted(cells) == list(range(size ** 3))
+        assert sorted(cells) == list(range(count))
     else:
-        assert len(cells) == size ** 3 // 2
-        assert busy[torch.tensor(cells[size ** 3 // 4:])].all()              # the second half lies among the occupied
-        assert 0.7 * size ** 3 / 4 < len(set(cells[:size ** 3 // 4])) < size ** 3 / 4
+        quarter = count // 4
+        assert len(cells) == count // 2
+        assert busy[torch.tensor(cells[quarter:])].all(), "the second half is not occupied"
+        assert 0.7 * quarter < len(set(cells[:quarter])) < quarter, "the first is not at random"
+
     for cell in set(cells):
-        found = [float(a) for c, a in zip(cells, answers) if c == cell]
+        found = [float(answer) for c, answer in zip(cells, answers) if c == cell]
         upper[cell] = max(0.9 * upper[cell], max(found))
         lower[cell] = min(lower[cell] / 0.9, min(found))
-    assert torch.allclose(occupancy.upper, torch.tensor(upper)) and torch.allclose(occupancy.lower, torch.tensor(lower))
+    assert torch.allclose(occupancy.density_max, torch.tensor(upper))
+    assert torch.allclose(occupancy.density_min, torch.tensor(lower))
 
 
 def test_occupied_is_above_the_mean_or_the_threshold():
     occupancy = OccupancyGrid(size=2, threshold=0.01)
     for scale in (1e-3, 1.0):
-        occupancy.upper.copy_(torch.tensor([0, 0, 0.15, 0.35, 1, 2, 3, 0]) * scale)
+        density = torch.tensor([0, 0, 0.15, 0.35, 1, 2, 3, 0]) * scale
+        occupancy.density_max.copy_(density)
         limit = min(6.5 / 8 * scale * 0.1, 0.01)
-        assert occupancy.occupied(0.1).tolist() == [float(v) * 0.1 > limit for v in occupancy.upper]
+        expected = [float(v) * 0.1 > limit for v in density]
+        assert occupancy.occupied(0.1).tolist() == expected
 
 
 def test_every_occupied_cell_is_visited_in_time():
-    occupancy, busy = OccupancyGrid(size=8), torch.tensor([3, 100, 511])
-    occupancy.upper[busy] = 1.0
+    occupancy = OccupancyGrid(size=8)
+    busy = torch.tensor([3, 100, 511])
+    occupancy.density_max[busy] = 1.0
     asked = []
-    occupancy.update(lambda x: asked.append(x) or torch.ones(len(x)), 0.05, everywhere=False)
-    ix, iy, iz = ((asked[0][128:] + 1) / 2 * 8).floor().long().T
+
+    def density(x):
+        asked.append(x)
+        return torch.ones(len(x))
+
+    occupancy.update(density, 0.05, everywhere=False)
+    among_occupied = asked[0][128:]
+    ix, iy, iz = cells_of(among_occupied, 8)
     assert torch.equal((ix * 64 + iy * 8 + iz).unique(), busy)
 
 
 def test_update_with_nothing_occupied():
-    occupancy = grid_of(Ball(density=0.0), 0.05)
-    occupancy.update(Ball(density=0.0).density, 0.05, everywhere=False)
+    empty = Ball(density=0.0)
+    occupancy = grid_of(empty, 0.05)
+    occupancy.update(empty.density, 0.05, everywhere=False)
     assert not occupancy.occupied(0.05).any()
 
 
 # ---------------------------------------------------------------- sampling
 
 def test_march_is_the_plain_loop():
-    field, step = Ball(), DIAGONAL / 40
+    field = Ball()
+    step = DIAGONAL / 40
     occupancy = grid_of(field, step, size=8)
-    occupancy.lower.zero_()                                                  # nothing hides anything
-    origins, directions = view(8, distance=1.8, fov=60)                      # some rays miss the box
+    occupancy.density_min.zero_()  # nothing hides anything
+    origins, directions = view(8, distance=1.8, fov=60)  # some rays miss the box
     jitter = torch.rand(64)
-    first, counts = march(occupancy, origins, directions, step, jitter)
+    first, counts = march_rays(occupancy, origins, directions, step=step, jitter=jitter)
     near, far = box_interval(origins, directions)
-    busy, expected = occupancy.occupied(step), []
-    for o, d, a, b, j in zip(origins, directions, near, far, jitter):
+    busy = occupancy.occupied(step)
+    expected = []
+    for r in range(64):
         for k in range(math.ceil(DIAGONAL / step)):
-            t = a + (k + j) * step
-            ix, iy, iz = ((o + d * t + 1) / 2 * 8).floor().long().clamp(0, 7)
-            expected.append(bool(t < b and busy[ix * 64 + iy * 8 + iz]))
+            t = near[r] + (k + jitter[r]) * step
+            ix, iy, iz = cells_of(origins[r] + directions[r] * t, 8).clamp(0, 7)
+            expected.append(bool(t < far[r] and busy[ix * 64 + iy * 8 + iz]))
     wanted = counts.diff(prepend=counts.new_zeros(1)).bool()
     assert 200 < wanted.sum() < 0.5 * len(wanted)
-    assert (wanted != torch.tensor(expected)).sum() <= 2                     # a step may fall on a cell's border
+    different = (wanted != torch.tensor(expected)).sum()
+    assert different <= 2, "more steps differ than may fall on a cell's border"
     assert torch.allclose(first, near + jitter * step)
 
 
-def setup_choice(n_rays=20, seed=0):
+def steps_to_choose_from(seed=0):
+    """What `march_rays` could return for 20 rays of 10 steps of 0.1, and the wanted steps."""
     torch.manual_seed(seed)
-    wanted = torch.rand(n_rays, 10) < 0.4
-    origins, directions = torch.randn(n_rays, 3), torch.nn.functional.normalize(torch.randn(n_rays, 3), dim=-1)
-    return origins, directions, torch.rand(n_rays), wanted, wanted.flatten().cumsum(0, dtype=torch.int32)
+    wanted = torch.rand(20, 10) < 0.4
+    origins = torch.randn(20, 3)
+    directions = F.normalize(torch.randn(20, 3), dim=-1)
+    first = torch.rand(20)
+    counts = wanted.flatten().cumsum(0, dtype=torch.int32)
+    return (origins, directions, first, counts), wanted
 
 
-def test_choice_gives_every_step_a_slot():
-    origins, directions, first, wanted, counts = setup_choice()
+def test_selection_gives_every_step_a_slot():
+    marched, wanted = steps_to_choose_from()
+    origins, directions, first, _ = marched
     n = int(wanted.sum())
-    s = choose(origins, directions, first, counts, 0.1, budget=n + 7, phase=torch.tensor(0.999))
+    s = select_samples(*marched, step=0.1, budget=n + 7, phase=torch.tensor(0.999))
     ray, k = wanted.nonzero().T
-    assert torch.equal(s.ray[:n], ray.to(s.ray)) and torch.allclose(s.distance[:n], first[ray] + k * 0.1)
-    assert torch.allclose(s.position, origins[s.ray] + directions[s.ray] * s.distance[:, None], atol=1e-6)
-    assert torch.allclose(s.width[:n], torch.tensor(0.1)) and (s.width[n:] == 0).all()
-    assert (s.ray.diff() >= 0).all()
+    assert torch.equal(s.ray[:n], ray.to(s.ray))
+    assert torch.allclose(s.distance[:n], first[ray] + k * 0.1)
+    position = origins[s.ray] + directions[s.ray] * s.distance[:, None]
+    assert torch.allclose(s.position, position, atol=1e-6)
+    assert torch.allclose(s.width[:n], torch.tensor(0.1))
+    assert (s.width[n:] == 0).all(), "a slot that is left weighs something"
+    assert (s.ray.diff() >= 0).all(), "the slots are not sorted by ray"
 
 
 def test_thinning_is_without_bias():
-    """Over all n phases every step is chosen equally often: the mean width it stands for is exactly the step."""
-    origins, directions, first, wanted, counts = setup_choice()
-    n, budget, total = int(wanted.sum()), 33, torch.zeros(20, 10)
+    """Over all n phases every step is chosen equally often: the mean width it stands for is exactly
+    the step."""
+    marched, wanted = steps_to_choose_from()
+    first = marched[2]
+    n = int(wanted.sum())
+    budget = 33
+    total = torch.zeros(20, 10)
     assert n > 2 * budget
     for i in range(n):
-        s = choose(origins, directions, first, counts, 0.1, budget, phase=torch.tensor((i + 0.5) / n))
-        assert (s.width > 0).all() and (s.ray.diff() >= 0).all()
-        total[s.ray, ((s.distance - first[s.ray]) / 0.1).round().long()] += s.width
+        phase = torch.tensor((i + 0.5) / n)
+        s = select_samples(*marched, step=0.1, budget=budget, phase=phase)
+        assert (s.width > 0).all()
+        assert (s.ray.diff() >= 0).all(), "the slots are not sorted by ray"
+        k = ((s.distance - first[s.ray]) / 0.1).round().long()
+        total[s.ray, k] += s.width
     assert torch.allclose(total / n, 0.1 * wanted, atol=1e-6)
 
 
 def test_no_rays_hit_anything():
-    field, step = Ball(density=0.0), DIAGONAL / 64
+    field = Ball(density=0.0)
+    step = DIAGONAL / 64
     origins, directions = view(4)
-    out = render(field, grid_of(field, step), origins, directions, torch.tensor([0.1, 0.2, 0.3]), 100, step,
-                 *draw_offsets(len(origins), "cpu"))
-    assert torch.equal(out.opacity, torch.zeros(16))
-    assert torch.allclose(out.rgb, torch.tensor([0.1, 0.2, 0.3]).expand(16, 3))
+    background = torch.tensor([0.1, 0.2, 0.3])
+    jitter, phase = draw_jitter(len(origins), "cpu")
+    seen = render_rays(
+        field, grid_of(field, step), origins, directions, background, budget=100, step=step,
+        jitter=jitter, phase=phase)
+    assert torch.equal(seen.opacity, torch.zeros(16))
+    assert torch.allclose(seen.rgb, background.expand(16, 3))
 
 
 def test_early_termination_saves_samples_and_changes_nothing():
-    field, step = Ball(density=200.0, radius=0.6), DIAGONAL / 128
+    field = Ball(density=200.0, radius=0.6)
+    step = DIAGONAL / 128
     occupancy = grid_of(field, step, visits=12)
     origins, directions = view(32)
+    jitter = middle(len(origins))
+    nothing_hides = torch.zeros_like(occupancy.density_min)
     pictures, found = [], []
-    for lower in (occupancy.lower, torch.zeros_like(occupancy.lower)):
-        occupancy.lower = lower
-        found.append(int(march(occupancy, origins, directions, step, plain(len(origins)))[1][-1]))
-        samples = sample(occupancy, origins, directions, step, 40000, plain(len(origins)), torch.zeros(()))
+    for density_min in (occupancy.density_min, nothing_hides):
+        occupancy.density_min = density_min
+        _, counts = march_rays(occupancy, origins, directions, step=step, jitter=jitter)
+        found.append(int(counts[-1]))
+        samples = sample_rays(
+            occupancy, origins, directions, step=step, budget=40000, jitter=jitter,
+            phase=torch.zeros(()))
         density, colour = field(samples.position)
-        pictures.append(composite(samples, density, colour, len(origins))[1])
+        _, rgb, _, _ = composite(samples, density, colour, len(origins))
+        pictures.append(rgb)
     assert found[0] < 0.5 * found[1]
     assert (pictures[0] - pictures[1]).abs().max() < 1e-3
 
 
 # ---------------------------------------------------------------- compositing
 
-def ragged(dtype=torch.float64):
-    """Rays with 0 to 6 samples, sorted, and three unused slots."""
+def ragged():
+    """Rays with 0 to 6 samples, sorted, and three unused slots; their density and values."""
     torch.manual_seed(3)
+    double = torch.float64
     ray = torch.repeat_interleave(torch.arange(6), torch.tensor([3, 0, 6, 1, 0, 2]))
-    ray, distance = torch.cat([ray, torch.full((3,), 5)]), torch.rand(15, dtype=dtype)
-    width = torch.cat([torch.rand(12, dtype=dtype), torch.zeros(3, dtype=dtype)])
-    samples = Samples(ray, torch.zeros(15, 3, dtype=dtype), distance, width)
-    return samples, torch.rand(15, dtype=dtype) * 3, torch.rand(15, 4, dtype=dtype)
+    ray = torch.cat([ray, torch.full((3,), 5)])
+    distance = torch.rand(15, dtype=double)
+    width = torch.cat([torch.rand(12, dtype=double), torch.zeros(3, dtype=double)])
+    samples = Samples(ray, torch.zeros(15, 3, dtype=double), distance, width)
+    density = torch.rand(15, dtype=double) * 3
+    values = torch.rand(15, 4, dtype=double)
+    return samples, density, values
 
 
 def test_composite_is_the_plain_loop():
     samples, density, values = ragged()
     weights, seen, opacity, depth = composite(samples, density, values, 6)
     for r in range(6):
-        light, expected = 1.0, torch.zeros(6, dtype=torch.float64)
+        light = 1.0
+        expected = torch.zeros(6, dtype=torch.float64)
         for s in range(15):
-            if samples.ray[s] == r:
-                alpha = 1 - math.exp(-float(density[s] * samples.width[s]))
-                assert float(weights[s]) == pytest.approx(light * alpha, abs=1e-12)
-                expected += light * alpha * torch.cat([values[s], torch.ones(1), samples.distance[s, None]])
-                light *= 1 - alpha
-        assert torch.allclose(torch.cat([seen[r], opacity[r, None], depth[r, None]]), expected, atol=1e-12)
+            if samples.ray[s] != r:
+                continue
+            alpha = 1 - math.exp(-float(density[s] * samples.width[s]))
+            weight = light * alpha
+            assert float(weights[s]) == pytest.approx(weight, abs=1e-12), f"weight {s}"
+            expected[:4] += weight * values[s]
+            expected[4] += weight
+            expected[5] += weight * samples.distance[s]
+            light *= 1 - alpha
+        found = torch.cat([seen[r], opacity[r, None], depth[r, None]])
+        assert torch.allclose(found, expected, atol=1e-12), f"ray {r}"
 
 
 def test_gradients_of_composite():
     samples, density, values = ragged()
-    call = lambda density, values: composite(samples, density, values, 6)
-    assert torch.autograd.gradcheck(call, (density.requires_grad_(), values.requires_grad_()))
+
+    def call(density, values):
+        return composite(samples, density, values, 6)
+
+    density.requires_grad_()
+    values.requires_grad_()
+    assert torch.autograd.gradcheck(call, (density, values))
 
 
 def test_a_homogeneous_medium():
-    """Opacity 1 - exp(-density * length), whatever the number of samples; many rays, so that the running sum grows
-    large."""
+    """Opacity 1 - exp(-density * length), whatever the number of samples; many rays, so that the
+    running sum grows large."""
     lengths = torch.rand(5000) * 2
     ray = torch.arange(5000).repeat_interleave(40)
     width = (lengths / 40).repeat_interleave(40)
-    samples = Samples(ray, torch.zeros(len(ray), 3), torch.zeros(len(ray)), width)
+    nowhere = torch.zeros(len(ray))
+    samples = Samples(ray, torch.zeros(len(ray), 3), nowhere, width)
+    values = torch.zeros(len(ray), 1)
     for strength in (0.01, 1.0, 30.0):
-        opacity = composite(samples, torch.full_like(width, strength), torch.zeros(len(ray), 1), 5000)[2]
-        assert (opacity - (1 - torch.exp(-strength * lengths))).abs().max() < 2e-6
+        density = torch.full_like(width, strength)
+        _, _, opacity, _ = composite(samples, density, values, 5000)
+        expected = 1 - torch.exp(-strength * lengths)
+        assert (opacity - expected).abs().max() < 2e-6, "is the running sum in double precision?"
 
 
 @pytest.mark.parametrize("strength", [3.0, 60.0])
 def test_render_is_the_integral(strength):
     field = Ball(density=strength, edge=0.05, centre=(0.1, -0.2, 0.15))
-    step, background = DIAGONAL / 512, torch.tensor([0.9, 0.1, 0.4])
+    step = DIAGONAL / 512
+    background = torch.tensor([0.9, 0.1, 0.4])
     origins, directions = view(8)
     occupancy = grid_of(field, step, visits=4, threshold=1e-6)
-    budget = int(march(occupancy, origins, directions, step, plain(64))[1][-1])
-    rgb = sum(render(field, occupancy, origins, directions, background, budget + 500, step, *draw_offsets(64, "cpu")).rgb
-              for _ in range(4)) / 4
-    expected, _, _ = quadrature(field, origins, directions, background)
-    assert (rgb - expected).abs().max() < 0.01 and (rgb - expected).abs().mean() < 1e-3
+    _, counts = march_rays(occupancy, origins, directions, step=step, jitter=middle(64))
+    budget = int(counts[-1]) + 500
+    rgb = 0
+    for _ in range(4):
+        jitter, phase = draw_jitter(64, "cpu")
+        seen = render_rays(
+            field, occupancy, origins, directions, background, budget=budget, step=step,
+            jitter=jitter, phase=phase)
+        rgb = rgb + seen.rgb / 4
+    expected = quadrature(field, origins, directions, background)
+    assert (rgb - expected).abs().max() < 0.01
+    assert (rgb - expected).abs().mean() < 1e-3
 
 
 def test_thinned_pictures_agree_on_average():
-    field, step, background = Ball(density=2.0, edge=0.05), DIAGONAL / 128, torch.zeros(3)
+    field = Ball(density=2.0, edge=0.05)
+    step = DIAGONAL / 128
+    background = torch.zeros(3)
     origins, directions = view(12)
-    occupancy, generator = grid_of(field, step), torch.Generator().manual_seed(0)
-    n = int(march(occupancy, origins, directions, step, plain(144))[1][-1])
-    full, thin = (sum(render(field, occupancy, origins, directions, background, budget, step,
-                             *draw_offsets(144, "cpu", generator)).opacity for _ in range(30)) / 30 for budget in (2 * n, n // 2))
-    assert (full - thin).abs().mean() < 7e-3 and abs(float((full - thin).mean())) < 1e-3
+    occupancy = grid_of(field, step)
+    generator = torch.Generator().manual_seed(0)
+    _, counts = march_rays(occupancy, origins, directions, step=step, jitter=middle(144))
+    n = int(counts[-1])
+
+    def mean_opacity(budget):
+        total = 0
+        for _ in range(30):
+            jitter, phase = draw_jitter(144, "cpu", generator)
+            seen = render_rays(
+                field, occupancy, origins, directions, background, budget=budget, step=step,
+                jitter=jitter, phase=phase)
+            total = total + seen.opacity
+        return total / 30
+
+    difference = mean_opacity(2 * n) - mean_opacity(n // 2)
+    assert difference.abs().mean() < 7e-3
+    assert abs(float(difference.mean())) < 1e-3
 
 
 # ---------------------------------------------------------------- light
 
-def test_shading_is_its_formula():
+SOFTNESS_AND_TEXTURELESS = [
+    (0.0, 0.0), (1.0, 0.0), (0.3, 1.0), (torch.tensor(0.6), torch.tensor(1.0))]
+
+
+@pytest.mark.parametrize("softness, textureless", SOFTNESS_AND_TEXTURELESS)
+def test_shading_is_its_formula(softness, textureless):
     torch.manual_seed(0)
-    albedo, normal = torch.rand(30, 3), torch.nn.functional.normalize(torch.randn(30, 3), dim=-1)
-    position, light = torch.randn(30, 3) * 0.3, torch.randn(30, 3)
-    for softness, textureless in ((0.0, 0.0), (1.0, 0.0), (0.3, 1.0), (torch.tensor(0.6), torch.tensor(1.0))):
-        got = shade(albedo, normal, position, light, softness, textureless)
-        for i in range(30):
-            to_light = (light[i] - position[i]) / math.dist(light[i], position[i])
-            lambert = max(0.0, float(to_light @ normal[i]))
-            colour = torch.ones(3) if textureless else albedo[i]
-            assert torch.allclose(got[i], colour * ((1 - float(softness)) + float(softness) * lambert), atol=1e-5)
+    albedo = torch.rand(30, 3)
+    normals = F.normalize(torch.randn(30, 3), dim=-1)
+    position = torch.randn(30, 3) * 0.3
+    light = torch.randn(30, 3)
+    found = shade(albedo, normals, position, light, softness=softness, textureless=textureless)
+    for i in range(30):
+        to_light = (light[i] - position[i]) / math.dist(light[i], position[i])
+        lambert = max(0.0, float(to_light @ normals[i]))
+        colour = torch.ones(3) if textureless else albedo[i]
+        s = float(softness)
+        assert torch.allclose(found[i], colour * ((1 - s) + s * lambert), atol=1e-5), i
 
 
 def test_lights():
     cameras = orbit(20, [0, 90, 180, 270], 2.0)[:, :3, 3].expand(500, 4, 3)
     lights = draw_light(cameras, torch.Generator().manual_seed(0))
+    assert lights.shape == (500, 4, 3)
     distance = lights.norm(dim=-1)
-    assert lights.shape == (500, 4, 3) and distance.min() >= 0.8 and distance.max() <= 1.5
-    assert (distance - distance[:, :1]).abs().max() < 1e-5                   # one draw a set
+    assert distance.min() >= 0.8 and distance.max() <= 1.5
+    assert (distance - distance[:, :1]).abs().max() < 1e-5, "a set has more than one draw"
     assert distance[:, 0].mean() == pytest.approx(1.15, abs=0.03)
-    # Undo the formula: the direction times some length, minus the camera, is the noise, the same for the views of a
-    # set.
-    aside = torch.linalg.cross(lights, cameras)                          # light x camera = scale * (noise x camera)
-    assert (aside.norm(dim=-1) > 0.05).float().mean() > 0.9                  # there is noise
-    # and the camera's side is preferred
-    assert (torch.nn.functional.normalize(lights, dim=-1) * cameras).sum(-1).mean() > 1.0
+    # light x camera = scale * (noise x camera)
+    aside = torch.linalg.cross(lights, cameras)
+    assert (aside.norm(dim=-1) > 0.05).float().mean() > 0.9, "there is no noise"
+    towards_camera = (F.normalize(lights, dim=-1) * cameras).sum(-1)
+    assert towards_camera.mean() > 1.0, "the camera's side is not preferred"
 
 
 def test_orientation_loss_is_its_formula():
     torch.manual_seed(0)
-    weights, opacity = torch.rand(20, requires_grad=True), torch.tensor([0.0, 0.5, 1e-3])
-    normals, directions = torch.randn(20, 3, requires_grad=True), torch.randn(20, 3)
-    three = zip(weights.tolist(), normals.detach(), directions)
-    expected = sum(w * max(0.0, float(n @ d)) ** 2 for w, n, d in three) / 2
+    weights = torch.rand(20, requires_grad=True)
+    opacity = torch.tensor([0.0, 0.5, 1e-3])  # two rays hit something
+    normals = torch.randn(20, 3, requires_grad=True)
+    directions = torch.randn(20, 3)
+    expected = 0.0
+    for w, n, d in zip(weights.tolist(), normals.detach(), directions):
+        expected += w * max(0.0, float(n @ d)) ** 2 / 2
     loss = orientation_loss(weights, normals, directions, opacity)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     loss.backward()
-    assert weights.grad is None and normals.grad.abs().sum() > 0
+    assert weights.grad is None, "the loss must not move the weights"
+    assert normals.grad.abs().sum() > 0
 
 
 # ---------------------------------------------------------------- the whole
 
-def tiny_step(device="cpu", shaded=True):
+class TinyStep:
     """A real field, its rays, and one forward and backward."""
-    torch.manual_seed(0)
-    nerf = NeRF(NeRFConfig(levels=4, log2_entries=12, coarsest=8, finest=64, hidden=16)).to(device)
-    torch.nn.init.uniform_(nerf.grid.table, -0.5, 0.5)
-    origins, directions = (v.to(device) for v in view(32))
-    occupancy, step = OccupancyGrid().to(device), DIAGONAL / 64
-    occupancy.update(nerf.density, step, everywhere=True)
-    background = torch.ones(3, device=device)
-    shading = Shading(torch.tensor([1.0, 0.5, 1.0], device=device), 0.5, 0.0) if shaded else None
 
-    def run(generator=None):
-        for p in nerf.parameters():
-            p.grad = None
-        out = render(nerf, occupancy, origins, directions, background, 8192, step, *draw_offsets(1024, device, generator), shading)
-        loss = (out.rgb ** 2).mean() + out.depth.mean() + out.opacity.mean()
-        if shaded:
-            along = directions.index_select(0, out.samples.ray)
-            loss = loss + orientation_loss(out.weights, out.normals, along, out.opacity)
+    def __init__(self, device="cpu", shaded=True):
+        torch.manual_seed(0)
+        self.device = device
+        self.step = DIAGONAL / 64
+        grid = HashGridConfig(levels=4, log2_entries=12, coarsest=8, finest=64)
+        self.nerf = NeRF(NeRFConfig(grid=grid, hidden=16)).to(device)
+        torch.nn.init.uniform_(self.nerf.encoding.table, -0.5, 0.5)
+        origins, directions = view(32)
+        self.origins = origins.to(device)
+        self.directions = directions.to(device)
+        self.occupancy = OccupancyGrid().to(device)
+        self.occupancy.update(self.nerf.density, self.step, everywhere=True)
+        self.background = torch.ones(3, device=device)
+        light = torch.tensor([1.0, 0.5, 1.0], device=device)
+        self.shading = Shading(light, 0.5, 0.0) if shaded else None
+
+    def run(self, generator=None):
+        """The loss and all gradients."""
+        self.nerf.zero_grad(set_to_none=True)
+        jitter, phase = draw_jitter(1024, self.device, generator)
+        seen = render_rays(
+            self.nerf, self.occupancy, self.origins, self.directions, self.background,
+            budget=8192, step=self.step, jitter=jitter, phase=phase, shading=self.shading)
+        loss = (seen.rgb ** 2).mean() + seen.depth.mean() + seen.opacity.mean()
+        if self.shading is not None:
+            along = self.directions.index_select(0, seen.samples.ray)
+            loss = loss + orientation_loss(seen.weights, seen.normals, along, seen.opacity)
         loss.backward()
-        return [loss.detach()] + [p.grad for p in nerf.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.nerf.parameters() if p.grad is not None]
+        return [loss.detach(), *gradients]
 
-    return run, lambda: occupancy.update(nerf.density, step, everywhere=False)
+    def update(self):
+        self.occupancy.update(self.nerf.density, self.step, everywhere=False)
 
 
 @pytest.mark.parametrize("shaded", [False, True])
@@ -352,79 +485,116 @@ def test_repeats_bit_for_bit(shaded):
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        run, _ = tiny_step(shaded=shaded)
-        seen = [[v.clone() for v in run(torch.Generator().manual_seed(5))] for _ in range(3)]
-        assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(seen[0], other))
-        assert not torch.equal(seen[0][0], run(torch.Generator().manual_seed(6))[0])
+        tiny = TinyStep(shaded=shaded)
+        seen = []
+        for _ in range(3):
+            results = tiny.run(torch.Generator().manual_seed(5))
+            seen.append([values.clone() for values in results])
+        for other in seen[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(seen[0], other))
+        other = tiny.run(torch.Generator().manual_seed(6))
+        assert not torch.equal(seen[0][0], other[0]), "another seed gives the same loss"
     finally:
         torch.set_num_threads(before)
 
 
 class NoDataOnTheHost(TorchDispatchMode):
     """What would make a GPU wait for the host, or give a shape that depends on data, fails."""
+    FORBIDDEN = (
+        "_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2")
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.__name__.split(".")[0]
-        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2"), name
+        assert name not in self.FORBIDDEN, f"{name} reads data from the device"
         if name in ("index", "index_put", "index_put_"):
-            assert all(i is None or i.dtype != torch.bool for i in args[1])
+            for index in args[1]:
+                is_mask = index is not None and index.dtype == torch.bool
+                assert not is_mask, "a boolean index gives a shape that depends on data"
         return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("shaded", [False, True])
 def test_a_step_reads_nothing_back(shaded):
-    run, update = tiny_step(shaded=shaded)
+    tiny = TinyStep(shaded=shaded)
     with NoDataOnTheHost():
-        run()
-        update()
+        tiny.run()
+        tiny.update()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shaded", [False, True])
 def test_a_graph_holds_the_step(shaded):
-    run, update = tiny_step("cuda", shaded)
+    tiny = TinyStep("cuda", shaded)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        run(), update(), run()
+        tiny.run()
+        tiny.update()
+        tiny.run()
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            run(), update()
+            tiny.run()
+            tiny.update()
         finally:
             torch.cuda.set_sync_debug_mode("default")
     torch.cuda.current_stream().wait_stream(side)
+
     torch.cuda.manual_seed(1)
-    expected = [v.clone() for v in run()]
+    expected = [values.clone() for values in tiny.run()]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = run()
+        captured = tiny.run()
     torch.cuda.manual_seed(1)
     graph.replay()
     for a, b in zip(expected, captured):
-        assert torch.allclose(a, b, rtol=1e-3, atol=1e-6 * float(a.abs().max()) + 1e-9)
+        tolerance = 1e-6 * float(a.abs().max()) + 1e-9
+        assert torch.allclose(a, b, rtol=1e-3, atol=tolerance)
+
+
+TWO_VIEWS = orbit([0.0, 30.0], [0.0, 100.0], 2.0)
+FINE = DIAGONAL / 512
 
 
 def test_pictures_of_a_ball():
-    field, step = Ball(density=400.0, radius=0.5, edge=0.002), DIAGONAL / 512
-    c2w = orbit([0.0, 30.0], [0.0, 100.0], 2.0)
-    picture = render_image(field, grid_of(field, step), c2w, 40.0, 33, torch.ones(3), step, normals=True, chunk=500)
-    assert [tuple(getattr(picture, k).shape) for k in ("rgb", "opacity", "depth", "normal")] == [
-        (2, 3, 33, 33), (2, 1, 33, 33), (2, 1, 33, 33), (2, 3, 33, 33)]
+    field = Ball(density=400.0, radius=0.5, edge=0.002)
+    picture = render_views(
+        field, grid_of(field, FINE), TWO_VIEWS, 40.0, 33, background=torch.ones(3), step=FINE,
+        normals=True, chunk=500)
+    assert picture.rgb.shape == picture.normal.shape == (2, 3, 33, 33)
+    assert picture.opacity.shape == picture.depth.shape == (2, 1, 33, 33)
+
+    position = TWO_VIEWS[:, :3, 3]
+    rgb = picture.rgb[:, :, 16, 16]
     assert (picture.depth[:, 0, 16, 16] - 1.5).abs().max() < 0.02
-    position = c2w[:, :3, 3]
     assert (picture.normal[:, :, 16, 16] - position / 2).abs().max() < 0.02
-    assert (picture.rgb[:, :, 16, 16] - (0.5 + 0.5 * position / 4)).abs().max() < 0.02
-    for key, empty in (("rgb", 1.0), ("opacity", 0.0), ("depth", 0.0), ("normal", 0.0)):
-        assert (getattr(picture, key)[:, :, 0, 0] == empty).all()
+    assert (rgb - (0.5 + 0.5 * position / 4)).abs().max() < 0.02
     assert picture.opacity[:, 0, 16, 16].min() > 0.999
-    # Through a thin ball, one unit long and of density 1, one sees to (1 - 2/e) / (1 - 1/e) of it on average.
-    thin = Ball(density=1.0, radius=0.5, edge=0.002)
-    depth = render_image(thin, grid_of(thin, step, threshold=1e-6), c2w, 40.0, 33, 0.0, step).depth[:, 0, 16, 16]
-    assert (depth - 1.5 - (1 - 2 / math.e) / (1 - 1 / math.e)).abs().max() < 0.01
+
+    # The corner shows nothing.
+    assert (picture.rgb[:, :, 0, 0] == 1).all()
+    assert (picture.opacity[:, :, 0, 0] == 0).all()
+    assert (picture.depth[:, :, 0, 0] == 0).all()
+    assert (picture.normal[:, :, 0, 0] == 0).all()
+
     # The outline: a ball of radius 0.5 at distance 2 covers asin(1/4) of the view.
-    covered = picture.opacity[0, 0, 16].gt(0.5).sum() / 33
-    assert float(covered) == pytest.approx(math.tan(math.asin(0.25)) / math.tan(math.radians(20)), abs=0.05)
-    own = render_image(field, grid_of(field, step), c2w, 40.0, 4, None, step)
-    assert own.normal is None
-    assert torch.allclose(own.rgb[:, :, 0, 0], torch.tensor(0.25))
+    covered = float(picture.opacity[0, 0, 16].gt(0.5).sum() / 33)
+    expected = math.tan(math.asin(0.25)) / math.tan(math.radians(20))
+    assert covered == pytest.approx(expected, abs=0.05)
+
+
+def test_depth_through_a_thin_ball():
+    """One unit long and of density 1: one sees to (1 - 2/e) / (1 - 1/e) of it on average."""
+    thin = Ball(density=1.0, radius=0.5, edge=0.002)
+    occupancy = grid_of(thin, FINE, threshold=1e-6)
+    picture = render_views(thin, occupancy, TWO_VIEWS, 40.0, 33, background=0.0, step=FINE)
+    expected = 1.5 + (1 - 2 / math.e) / (1 - 1 / math.e)
+    assert (picture.depth[:, 0, 16, 16] - expected).abs().max() < 0.01
+
+
+def test_pictures_over_the_fields_own_background():
+    field = Ball(density=400.0, radius=0.5, edge=0.002)
+    picture = render_views(
+        field, grid_of(field, FINE), TWO_VIEWS, 40.0, 4, background=None, step=FINE)
+    assert picture.normal is None
+    assert torch.allclose(picture.rgb[:, :, 0, 0], torch.tensor(0.25))

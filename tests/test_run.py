@@ -1,4 +1,4 @@
-"""Runs end whole: folders, files and checkpoints under mistakes, kills and full disks."""
+"""The run folder, the log, and files and checkpoints under mistakes, kills and full disks."""
 import errno
 import json
 import os
@@ -15,65 +15,88 @@ import torch
 
 from mvd.tools import cli, files, run
 from mvd.tools.errors import UserError
+from scripts import assert_same_state
 
 REPOSITORY = Path(__file__).parent.parent
 
 
-# ---------------------------------------------------------------------------------------------------- the run's folder
+# ---- the folder ----------------------------------------------------------------------------
 
 
 def test_slug():
-    assert run.slug("A bulldog, wearing a crown!") == "a-bulldog-wearing-a-crown"
+    slug = run.slug("A bulldog, wearing a crown!")
+    assert slug == "a-bulldog-wearing-a-crown"
     assert run.slug("Café ../../etc/passwd") == "cafe-etc-passwd"
-    for text in ("", "狗", "...", "-" * 90, "x" * 200, "é" * 61, ("ab " * 40), "\udcff"):
+    odd = ("", "狗", "...", "-" * 90, "x" * 200, "é" * 61, "ab " * 40, "\udcff")
+    for text in odd:
         slug = run.slug(text)
-        assert 1 <= len(slug) <= 60 and slug.isascii() and slug == slug.lower() and slug.strip("-") == slug
+        assert 1 <= len(slug) <= 60, f"{text!r}: {len(slug)} characters"
+        assert slug.isascii() and slug == slug.lower(), f"{text!r} -> {slug!r}"
+        assert slug.strip("-") == slug, f"{text!r} -> {slug!r}: a dash at an end"
+
+
+def settings_of(folder):
+    return json.loads((folder / "config.json").read_text())
 
 
 def test_open_run_never_overwrites(tmp_path):
     default = tmp_path / "runs" / "a-dog"
     config = {"prompt": "a dog", "steps": 5, "betas": (0.9, 0.99)}
     first = run.open_run(None, config, False, default)
-    assert first == default and json.loads((first / "config.json").read_text()) == {**config, "betas": [0.9, 0.99]}
+    assert first == default
+    assert settings_of(first) == {**config, "betas": [0.9, 0.99]}
     assert (first / "progress").is_dir()
     second = run.open_run(None, {**config, "steps": 6}, False, default)
     third = run.open_run(None, config, False, default)
     assert (second.name, third.name) == ("a-dog-2", "a-dog-3")
-    assert json.loads((first / "config.json").read_text())["steps"] == 5
+    assert settings_of(first)["steps"] == 5, "the second run changed the first one"
 
     named = run.open_run(str(tmp_path / "mine"), config, False, default)
     assert named == tmp_path / "mine"
     with pytest.raises(UserError, match="--resume"):
         run.open_run(str(named), config, False, default)
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "cat.jpg").write_text("")              # a folder that holds no run is fine
-    run.open_run(str(tmp_path / "pictures"), config, False, default)
-    assert (tmp_path / "pictures" / "cat.jpg").exists()
+
+
+def test_a_folder_that_holds_no_run_can_be_used(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (folder / "cat.jpg").write_text("")
+    run.open_run(str(folder), {}, False)
+    assert (folder / "cat.jpg").exists()
 
 
 def test_resume_wants_the_same_settings(tmp_path):
-    default, config = tmp_path / "a-dog", {"prompt": "a dog", "steps": 5, "betas": (0.9, 0.99), "device": "cuda"}
+    default = tmp_path / "a-dog"
+    config = {"prompt": "a dog", "steps": 5, "betas": (0.9, 0.99), "device": "cuda"}
     with pytest.raises(UserError, match="no run to resume"):
         run.open_run(None, config, True, default)
     assert not default.exists()
     run.open_run(None, config, False, default)
-    (default / ".checkpoint.safetensors.123.tmp").write_text("half")
-    assert run.open_run(None, {**config, "device": "cpu"}, True, default) == default
-    assert json.loads((default / "config.json").read_text())["device"] == "cpu"
-    assert not list(default.glob(".*"))                             # what a killed write left behind is gone
+    (default / ".checkpoint.pt.123.tmp").write_text("half")
+
+    elsewhere = {**config, "device": "cpu"}
+    assert run.open_run(None, elsewhere, True, default) == default
+    assert settings_of(default)["device"] == "cpu"
+    assert not list(default.glob(".*")), "what a killed write left behind is still there"
+
+    longer = {**config, "steps": 6}
     with pytest.raises(UserError, match="steps = 5, now it is 6"):
-        run.open_run(None, {**config, "steps": 6}, True, default)
-    assert json.loads((default / "config.json").read_text())["steps"] == 5
-    assert run.open_run(None, {**config, "steps": 6}, True, default, may_change=["steps"]) == default
+        run.open_run(None, longer, True, default)
+    assert settings_of(default)["steps"] == 5
+    found = run.open_run(None, longer, True, default, may_change=["steps"])
+    assert found == default
     with pytest.raises(UserError, match="seed = nothing, now it is 1"):
-        run.open_run(str(default), {**config, "steps": 6, "seed": 1}, True)
+        run.open_run(str(default), {**longer, "seed": 1}, True)
 
 
 def test_resume_finds_the_latest_run_with_these_settings(tmp_path):
     default = tmp_path / "a-dog"
     for seed in (0, 1, 1, 2):
         run.open_run(None, {"seed": seed}, False, default)
-    found = [run.open_run(None, {"seed": seed}, True, default).name for seed in (0, 1, 2)]
+    found = []
+    for seed in (0, 1, 2):
+        folder = run.open_run(None, {"seed": seed}, True, default)
+        found.append(folder.name)
     assert found == ["a-dog", "a-dog-3", "a-dog-4"]
     with pytest.raises(UserError, match="seed = 2, now it is 3"):
         run.open_run(None, {"seed": 3}, True, default)
@@ -81,222 +104,358 @@ def test_resume_finds_the_latest_run_with_these_settings(tmp_path):
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "\x00\xff"])
 def test_resume_with_a_damaged_config(text, tmp_path):
-    (tmp_path / "config.json").write_text(text)
+    path = tmp_path / "config.json"
+    path.write_text(text)
     with pytest.raises(UserError, match="config.json"):
         run.open_run(str(tmp_path), {"a": 1}, True)
-    assert (tmp_path / "config.json").read_text() == text
+    assert path.read_text() == text
 
 
 def test_folder_that_cannot_be_made(tmp_path):
-    (tmp_path / "file").write_text("")
-    for place in (tmp_path / "file", tmp_path / "file" / "sub", tmp_path / "file" / "sub" / "sub"):
+    file = tmp_path / "file"
+    file.write_text("")
+    for place in (file, file / "sub", file / "sub" / "sub"):
         with pytest.raises(UserError, match="cannot"):
             run.open_run(str(place), {}, False)
     with pytest.raises(UserError, match="cannot"):
-        run.open_run(None, {}, False, tmp_path / "file" / "a-dog")
-    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "at all")
+        run.open_run(None, {}, False, file / "a-dog")
+    dangling = tmp_path / "dangling"
+    dangling.symlink_to(tmp_path / "nowhere" / "at all")
     with pytest.raises(UserError, match="cannot"):
-        run.open_run(None, {}, False, tmp_path / "dangling" / "a-dog")
+        run.open_run(None, {}, False, dangling / "a-dog")
 
 
 def test_make_folder(tmp_path):
+    picture = tmp_path / "a" / "b" / "picture.png"
     for _ in range(2):
-        run.make_folder(tmp_path / "a" / "b" / "picture.png")
-    assert (tmp_path / "a" / "b").is_dir() and not (tmp_path / "a" / "b" / "picture.png").exists()
+        run.make_folder(picture)
+    assert picture.parent.is_dir() and not picture.exists()
     run.make_folder("picture.png")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot make"):
         run.make_folder(tmp_path / "file" / "picture.png")
 
+# ---- the log -------------------------------------------------------------------------------
+
+
+def steps_of(log):
+    return [row["step"] for row in run.read_log(log)]
+
 
 def test_log(tmp_path):
     path = tmp_path / "log.jsonl"
-    run.truncate_log(path, 3)                                       # no log yet
+    # There is no log yet.
+    run.truncate_log(path, 3)
     for step in range(6):
-        run.log(path, step=step, loss=torch.tensor(step / 3), lr=np.float32(0.5))
-        assert run.read_log(path)[-1] == {"step": step, "loss": torch.tensor(step / 3).item(), "lr": 0.5}
+        loss = torch.tensor(step / 3)
+        run.log(path, step=step, loss=loss, lr=np.float32(0.5))
+        assert run.read_log(path)[-1] == {"step": step, "loss": loss.item(), "lr": 0.5}
     with open(path, "a") as file:
         file.write('{"step": 6, "lo')
-    assert [row["step"] for row in run.read_log(path)] == [0, 1, 2, 3, 4, 5]
+    assert steps_of(path) == [0, 1, 2, 3, 4, 5], "a line cut short is not left out"
     run.truncate_log(path, 4)
     run.log(path, step=4, loss=9)
-    assert [row["step"] for row in run.read_log(path)] == [0, 1, 2, 3, 4] and run.read_log(path)[-1]["loss"] == 9
+    assert steps_of(path) == [0, 1, 2, 3, 4]
+    assert run.read_log(path)[-1]["loss"] == 9
     path.write_text('{"step": 1}\nrubbish\n{"step": 2}\n')
     with pytest.raises(UserError, match="line 2"):
         run.read_log(path)
 
-# ---------------------------------------------------------------------------------------------------- atomic files
+# ---- atomic files --------------------------------------------------------------------------
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def current_umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def test_write_atomic(tmp_path):
     path = tmp_path / "result"
     files.write_atomic(path, b"one")
     files.write_atomic(path, lambda file: file.write(b"two"))
-    assert path.read_bytes() == b"two" and [p.name for p in tmp_path.iterdir()] == ["result"]
-    assert path.stat().st_mode & 0o777 == 0o666 & ~_umask()         # readable like any other file
+    assert path.read_bytes() == b"two" and names_in(tmp_path) == ["result"]
+    mode = path.stat().st_mode & 0o777
+    assert mode == 0o666 & ~current_umask(), "not readable as any other file is"
 
 
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), ValueError()])
+@pytest.mark.parametrize("error", [FULL, KeyboardInterrupt(), ValueError()])
 def test_failed_write_leaves_the_earlier_file(error, tmp_path):
-    files.write_atomic(tmp_path / "result", b"earlier")
+    path = tmp_path / "result"
+    files.write_atomic(path, b"earlier")
 
-    def writer(file):
+    def write(file):
         file.write(b"half of it")
         raise error
+
     with pytest.raises(type(error)):
-        files.write_atomic(tmp_path / "result", writer)
-    assert [p.name for p in tmp_path.iterdir()] == ["result"] and (tmp_path / "result").read_bytes() == b"earlier"
+        files.write_atomic(path, write)
+    assert names_in(tmp_path) == ["result"]
+    assert path.read_bytes() == b"earlier"
 
 
 def test_full_disk(tmp_path, monkeypatch, capsys):
     """The disk is found full only when the data are flushed to it."""
-    run.save_checkpoint(tmp_path / "checkpoint.safetensors", {"a": torch.ones(3), "step": 1})
+    path = tmp_path / run.CHECKPOINT
+    run.save_checkpoint(path, {"a": torch.ones(3), "step": 1})
 
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(files.os, "fsync", full)
+    def fsync(descriptor):
+        raise FULL
+
+    def save():
+        run.save_checkpoint(path, {"a": torch.zeros(3), "step": 2})
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
     with pytest.raises(SystemExit) as end:
-        cli.main(lambda: run.save_checkpoint(tmp_path / "checkpoint.safetensors", {"a": torch.zeros(3), "step": 2}))
-    assert end.value.code == 2 and "no space left" in capsys.readouterr().err
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.safetensors"]
-    assert run.load_checkpoint(tmp_path / "checkpoint.safetensors")["step"] == 1
+        cli.main(save)
+    assert end.value.code == 2
+    assert "no space left" in capsys.readouterr().err
+    assert names_in(tmp_path) == [run.CHECKPOINT]
+    assert run.load_checkpoint(path)["step"] == 1
+
+
+def test_a_disk_that_fills_up_while_torch_saves(tmp_path):
+    """torch.save itself would end in a RuntimeError, which looks like a bug of ours."""
+    resource = pytest.importorskip("resource")
+    path = tmp_path / run.CHECKPOINT
+    run.save_checkpoint(path, {"step": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            run.save_checkpoint(path, {"a": torch.zeros(10 ** 6), "step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert names_in(tmp_path) == [run.CHECKPOINT]
+    assert run.load_checkpoint(path)["step"] == 1
 
 
 def test_unwritable(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
-    for place in (tmp_path / "file" / "x", tmp_path / "missing" / "x", tmp_path / "folder"):
+    for place in ("file/x", "missing/x", "folder"):
         with pytest.raises(UserError, match="cannot write"):
-            files.write_atomic(place, b"")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+            files.write_atomic(tmp_path / place, b"")
+    assert names_in(tmp_path) == ["file", "folder"]
 
-# ---------------------------------------------------------------------------------------------------- checkpoints
+# ---- the checkpoint ------------------------------------------------------------------------
 
 
-def assert_same(a, b):
-    assert type(a) is type(b)
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert list(a) == list(b)
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for x, y in zip(a, b):
-            assert_same(x, y)
-    else:
-        assert a == b or (a != a and b != b)
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16,
+          torch.int64, torch.int32, torch.uint8, torch.bool)
+
+
+def nested_state():
+    """Every kind of content and nesting that a checkpoint may have."""
+    lr = torch.tensor(1e-3)
+    pictures = torch.randn(2, 3, 4, 4)
+    odd_tensors = [
+        torch.tensor(3.5),
+        torch.zeros(0, 4),
+        torch.randn(4, 3).t(),
+        pictures.to(memory_format=torch.channels_last),
+        torch.ones(3).expand(2, 3),
+        torch.nn.Parameter(torch.ones(2)).data,
+    ]
+    groups = [
+        {"lr": lr, "betas": (0.9, 0.99), "params": [0, 1]},
+        {"lr": lr, "params": []},
+    ]
+    return {
+        "tensors": {str(d): torch.arange(6).to(d).view(2, 3) for d in DTYPES},
+        "odd": odd_tensors,
+        "groups": groups,
+        0: {1: "one", "1": "text", -5: None},
+        "": {"": torch.ones(1)},
+        "a/b": torch.tensor(1.0),
+        "a": {"b": torch.tensor(2.0), "b'": torch.tensor(3.0)},
+        "numbers": [1, True, 0.1, 1e-300, float("inf"), float("nan"), 2 ** 70, -0.0],
+        "empty": [{}, [], ()],
+        "text": "ünï \"quoted\" / \n",
+        "tensor": {"tensor": "tensor", "dict": [["list", 1]]},
+        "module": torch.nn.BatchNorm1d(3).state_dict(),
+        "generator": torch.Generator().manual_seed(3).get_state(),
+        "python": random.getstate(),
+    }
 
 
 def test_nested_round_trip(tmp_path):
-    shared = torch.tensor(1e-3)
-    state = {
-        "tensors": {dtype: torch.arange(6).to(getattr(torch, dtype)).view(2, 3) for dtype in
-                    ("float32", "float64", "float16", "bfloat16", "int64", "int32", "uint8", "bool")},
-        "odd": [torch.tensor(3.5), torch.zeros(0, 4), torch.randn(4, 3).t(), torch.randn(2, 3, 4, 4).to(
-            memory_format=torch.channels_last), torch.ones(3).expand(2, 3), torch.nn.Parameter(torch.ones(2)).data],
-        "groups": [{"lr": shared, "betas": (0.9, 0.99), "params": [0, 1]}, {"lr": shared, "params": []}],
-        0: {1: "one", "1": "text", -5: None}, "": {"": torch.ones(1)},
-        "a/b": torch.tensor(1.0), "a": {"b": torch.tensor(2.0), "b'": torch.tensor(3.0)},
-        "numbers": [1, True, 0.1, 1e-300, float("inf"), float("nan"), 2 ** 70, -0.0],
-        "empty": [{}, [], ()], "text": "ünï \"quoted\" / \n", "tensor": {"tensor": "tensor", "dict": [["list", 1]]},
-        "generator": torch.Generator().manual_seed(3).get_state(), "python": random.getstate(),
-    }
-    run.save_checkpoint(tmp_path / "c.safetensors", state)
-    loaded = run.load_checkpoint(tmp_path / "c.safetensors")
-    assert_same(state, loaded)
+    path, state = tmp_path / "c.pt", nested_state()
+    run.save_checkpoint(path, state)
+    loaded = run.load_checkpoint(path)
+    assert_same_state(state, loaded)
     random.setstate(loaded["python"])
-    loaded["tensors"]["float32"].add_(1)                            # loaded tensors are ours to change
-    assert_same(state, run.load_checkpoint(tmp_path / "c.safetensors"))
+    # What is loaded may be changed; the file stays as it is.
+    loaded["tensors"]["torch.float32"].add_(1)
+    assert_same_state(state, run.load_checkpoint(path))
 
 
-def test_numpy_numbers_come_back_as_numbers(tmp_path):
-    numbers = {"a": np.float32(0.1), "b": np.int64(2 ** 62), "c": np.bool_(True)}
-    run.save_checkpoint(tmp_path / "c.safetensors", numbers)
-    loaded = run.load_checkpoint(tmp_path / "c.safetensors")
-    assert loaded == {"a": float(np.float32(0.1)), "b": 2 ** 62, "c": True} and type(loaded["b"]) is int
-    with pytest.raises(TypeError):
-        run.save_checkpoint(tmp_path / "c.safetensors", {"a": object()})
-    assert run.load_checkpoint(tmp_path / "c.safetensors") == loaded
+class Training:
+    """A small network under AdamW, with its own random numbers."""
+
+    def __init__(self, lr):
+        torch.manual_seed(0)
+        first, last = torch.nn.Linear(5, 7), torch.nn.Linear(7, 2)
+        self.model = torch.nn.Sequential(first, torch.nn.ReLU(), last)
+        groups = [
+            {"params": first.parameters()},
+            {"params": last.parameters(), "weight_decay": 0.1},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), eps=1e-15)
+        self.generator = torch.Generator().manual_seed(1)
+
+    def train(self, steps):
+        for _ in range(steps):
+            self.optimizer.zero_grad()
+            x = torch.randn(16, 5, generator=self.generator)
+            self.model(x).square().mean().backward()
+            self.optimizer.step()
+
+    def state(self):
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+        }
+
+    def set_state(self, state):
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
 
 
 @pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01)])
 def test_adamw_continues_bit_identically(lr, tmp_path):
-    def start():
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.ReLU(), torch.nn.Linear(7, 2))
-        groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "weight_decay": 0.1}]
-        return model, torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), eps=1e-15), torch.Generator().manual_seed(1)
+    straight = Training(lr)
+    straight.train(20)
+    killed = Training(lr)
+    killed.train(12)
+    run.save_checkpoint(tmp_path / "c.pt", {**killed.state(), "step": 12})
 
-    def train(model, optimizer, generator, steps):
-        for _ in range(steps):
-            optimizer.zero_grad()
-            model(torch.randn(16, 5, generator=generator)).square().mean().backward()
-            optimizer.step()
-
-    straight = start()
-    train(*straight, 20)
-    model, optimizer, generator = start()
-    train(model, optimizer, generator, 12)
-    run.save_checkpoint(tmp_path / "c.safetensors", {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                                                     "generator": generator.get_state(), "step": 12})
-    state = run.load_checkpoint(tmp_path / "c.safetensors")
-    model, optimizer, generator = start()
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    generator.set_state(state["generator"])
-    train(model, optimizer, generator, 20 - state["step"])
-    assert_same(straight[0].state_dict(), model.state_dict())
-    assert_same(straight[1].state_dict(), optimizer.state_dict())
+    state = run.load_checkpoint(tmp_path / "c.pt")
+    resumed = Training(lr)
+    resumed.set_state(state)
+    resumed.train(20 - state["step"])
+    assert_same_state(straight.model.state_dict(), resumed.model.state_dict())
+    assert_same_state(straight.optimizer.state_dict(), resumed.optimizer.state_dict())
 
 
-def test_damaged_and_foreign_checkpoints(tmp_path):
-    path = tmp_path / "c.safetensors"
-    run.save_checkpoint(path, {"a": torch.randn(100), "step": 1})
-    whole = path.read_bytes()
-    for damaged in (b"", whole[:4], whole[:40], whole[:-1], whole + b"x", b"\xff" * 100, b"PK\x03\x04" + whole):
-        path.write_bytes(damaged)
-        with pytest.raises(UserError, match="c.safetensors"):
-            run.load_checkpoint(path)
-    files.write_safetensors(path, {"a": torch.ones(2)}, {"format": "pt"})
-    with pytest.raises(UserError, match="c.safetensors is not a checkpoint"):
+def refusal(path):
+    """The error with which loading a file ends; it is of one line and names the file."""
+    with pytest.raises(UserError) as error:
         run.load_checkpoint(path)
+    line = str(error.value)
+    assert str(path) in line and "\n" not in line
+    assert "--resume" in line, f"does not say what to do: {line}"
+    return line
+
+
+def test_damaged_checkpoints(tmp_path):
+    path = tmp_path / "c.pt"
+    state = {"a": torch.randn(100), "step": 1}
+    run.save_checkpoint(path, state)
+    whole = path.read_bytes()
+    cut = [whole[:length] for length in (0, 4, 40, len(whole) // 2, len(whole) - 1)]
+    for damaged in (*cut, b"\xff" * 100, b"PK\x03\x04" + whole):
+        path.write_bytes(damaged)
+        refusal(path)
+    # A byte after the end does no harm.
+    path.write_bytes(whole + b"x")
+    assert_same_state(run.load_checkpoint(path), state)
+
+
+def test_a_flipped_byte_never_ends_in_a_traceback(tmp_path):
+    """It is refused, or it hits a number or padding, which nobody can see."""
+    path = tmp_path / "c.pt"
+    run.save_checkpoint(path, {"a": torch.randn(3), "step": 1})
+    whole = path.read_bytes()
+    for position in range(0, len(whole), 3):
+        damaged = bytearray(whole)
+        damaged[position] ^= 255
+        path.write_bytes(damaged)
+        try:
+            run.load_checkpoint(path)
+        except UserError:
+            pass
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ("touch exploded",)
+
+
+def test_foreign_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "c.pt"
+    files.write_safetensors(path, {"a": torch.ones(2)}, {"format": "pt"})
+    assert "not a checkpoint of a run" in refusal(path)
+    more_than_tensors = {"a": object()}, {"a": np.float32(1)}, {"a": Bomb()}
+    for content in (torch.ones(2), [1, 2], *more_than_tensors):
+        torch.save(content, path)
+        refusal(path)
+    assert not Path("exploded").exists(), "loading an untrusted file ran its code"
     for place in (tmp_path / "missing", tmp_path, path / "sub"):
-        with pytest.raises(UserError):
-            run.load_checkpoint(place)
+        refusal(place)
+
+
+def test_last_checkpoint(tmp_path):
+    assert run.last_checkpoint(tmp_path) is None
+    old = tmp_path / "checkpoint.safetensors"
+    old.write_bytes(b"as earlier versions wrote it")
+    words = "checkpoint.safetensors was written by an older version of mvd.*another --out"
+    with pytest.raises(UserError, match=words):
+        run.open_run(str(tmp_path), {}, True)
+    with pytest.raises(UserError, match="already holds a run"):
+        run.open_run(str(tmp_path), {}, False)
+    run.save_checkpoint(tmp_path / run.CHECKPOINT, {"step": 3})
+    assert run.last_checkpoint(tmp_path) == {"step": 3}
+
+
+WRITER = """
+import sys
+import torch
+from mvd.tools import run
+for step in range(10 ** 9):
+    full = torch.full((100_000,), float(step))
+    run.save_checkpoint(sys.argv[1], {"a": [full.clone() for _ in range(4)], "step": step})
+    run.log(sys.argv[2], step=step)
+"""
+
+
+def step_of(path):
+    """The step of a checkpoint, all of whose numbers must be of that step."""
+    state = run.load_checkpoint(path)
+    for tensor in state["a"]:
+        assert (tensor == state["step"]).all(), "the checkpoint mixes two steps"
+    return state["step"]
 
 
 def test_killed_while_writing_checkpoints(tmp_path):
-    """SIGKILL at any moment leaves a checkpoint that loads, whole: all its numbers are of one step."""
-    script = """if True:
-        import sys, torch
-        from mvd.tools import run
-        for step in range(10 ** 9):
-            run.save_checkpoint(sys.argv[1], {"a": [torch.full((100_000,), float(step))] * 4, "step": step})
-            run.log(sys.argv[2], step=step)
-    """
-    path, log = tmp_path / "checkpoint.safetensors", tmp_path / "log.jsonl"
-    process = subprocess.Popen([sys.executable, "-c", script, path, log], cwd=REPOSITORY)
+    """SIGKILL at any moment leaves a whole checkpoint: all its numbers are of one step."""
+    path, log = tmp_path / run.CHECKPOINT, tmp_path / "log.jsonl"
+    command = [sys.executable, "-c", WRITER, path, log]
+    process = subprocess.Popen(command, cwd=REPOSITORY)
     try:
         while not log.exists() and process.poll() is None:
             time.sleep(0.02)
         for wait in np.random.default_rng(0).uniform(0, 0.02, 15):
-            process.send_signal(signal.SIGSTOP)                     # what is found now is what a kill would leave
-            state = run.load_checkpoint(path)
-            assert all((tensor == state["step"]).all() for tensor in state["a"])
+            # What is found while the process is stopped is what a kill would leave.
+            process.send_signal(signal.SIGSTOP)
+            step_of(path)
             process.send_signal(signal.SIGCONT)
             time.sleep(wait)
     finally:
         process.kill()
         process.wait()
-    state = run.load_checkpoint(path)
-    assert all((tensor == state["step"]).all() for tensor in state["a"]) and state["step"] > 0
-    steps = [row["step"] for row in run.read_log(log)]
-    assert steps == list(range(len(steps))) and state["step"] - len(steps) in (-1, 0)
+    last = step_of(path)
+    assert last > 0
+    logged = steps_of(log)
+    assert logged == list(range(len(logged)))
+    assert last - len(logged) in (-1, 0), "the log and the checkpoint disagree"

@@ -1,4 +1,5 @@
-"""sample.py: the picture it writes, what changes it and what does not, and bad input in one line."""
+"""sample.py: the picture it writes, what changes it and what does not, bad input in one line."""
+
 import re
 import subprocess
 import sys
@@ -31,15 +32,30 @@ def start(model_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def start(*flags, prompt="a red bulldog"):
-        monkeypatch.setattr(sys, "argv", ["sample.py", prompt, "--model", str(model_file), "--device", "cpu", "--steps", "2", *flags])
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            [
+                "sample.py",
+                prompt,
+                "--model",
+                str(model_file),
+                "--device",
+                "cpu",
+                "--steps",
+                "2",
+                *flags,
+            ],
+        )
         return status(sample.main)
+
     return start
 
 
 def test_it_writes_what_the_model_draws(start, model_file, capsys):
     assert start() == 0
     assert "samples/a-red-bulldog.png: 4 views" in capsys.readouterr().out
-    drawn = MVDream.load(model_file).sample("a red bulldog", steps=2)[0]         # [4, 3, 64, 64]
+    drawn = MVDream.load(model_file).sample("a red bulldog", steps=2)[0]  # [4, 3, 64, 64]
     picture = read_png("samples/a-red-bulldog.png")
     assert picture.shape == (3, 64, 4 * 66 - 2)
     torch.testing.assert_close(picture, grid(drawn, 4), rtol=0, atol=0.51 / 255)
@@ -47,13 +63,27 @@ def test_it_writes_what_the_model_draws(start, model_file, capsys):
 
 def test_the_same_seed_gives_the_same_bytes(start):
     def draw(*flags):
-        assert start("--out", "deep/er/x.png", *flags) == 0                      # drawn over the last one
+        assert start("--out", "deep/er/x.png", *flags) == 0  # drawn over the last one
         return Path("deep/er/x.png").read_bytes()
+
     first = draw()
     assert draw() == first and draw("--seed", "0") == first
-    others = [draw(*flags) for flags in (
-        ["--seed", "1"], ["--azimuth", "30"], ["--elevation", "0"], ["--span", "180"], ["--mode", "2d"], ["--guidance", "1"],
-        ["--negative", "red"], ["--rescale", "0.7"], ["--sampler", "ddpm"], ["--eta", "0.5"], ["--steps", "3"])]
+    others = [
+        draw(*flags)
+        for flags in (
+            ["--seed", "1"],
+            ["--azimuth", "30"],
+            ["--elevation", "0"],
+            ["--span", "180"],
+            ["--mode", "2d"],
+            ["--guidance", "1"],
+            ["--negative", "red"],
+            ["--rescale", "0.7"],
+            ["--sampler", "ddpm"],
+            ["--eta", "0.5"],
+            ["--steps", "3"],
+        )
+    ]
     assert len({first, *others}) == 1 + len(others)
 
 
@@ -65,47 +95,88 @@ def test_views_stand_in_rows_of_eight(start, views, width, height):
 
 def test_a_batch_is_drawn_row_by_row(start, model_file):
     assert start("--batch", "2", "--views", "9", "--size", "32", "--out", "x.png") == 0
-    drawn = MVDream.load(model_file).sample(["a red bulldog"] * 2, steps=2, views=9, size=32)    # [2, 9, 3, 32, 32]
+    drawn = MVDream.load(model_file).sample(
+        ["a red bulldog"] * 2, steps=2, views=9, size=32
+    )  # [2, 9, 3, 32, 32]
     picture = read_png("x.png")
     assert picture.shape == (3, 34 * 4 - 2, 34 * 8 - 2)
     for sample, top in ((0, 0), (1, 68)):
         for i in range(9):
             y, x = top + i // 8 * 34, i % 8 * 34
-            torch.testing.assert_close(picture[:, y:y + 32, x:x + 32], drawn[sample, i], rtol=0, atol=0.51 / 255)
+            torch.testing.assert_close(
+                picture[:, y : y + 32, x : x + 32],
+                drawn[sample, i],
+                rtol=0,
+                atol=0.51 / 255,
+            )
 
 
 def test_the_released_model_by_its_name(monkeypatch, tmp_path):
-    """The whole way of `sample.py --model mvdream-sd21`, with a small file of its layout in place of the download."""
+    """The whole way of `sample.py --model mvdream-sd21`, with a small file as the download."""
     torch.save(layouts.released_tensors(), tmp_path / "sd-v2.1-base-4view.pt")
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repository, file: str(tmp_path / file))
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda repository, file: str(tmp_path / file)
+    )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["sample.py", "an astronaut", "--model", "mvdream-sd21", "--device", "cpu", "--steps", "1", "--size",
-                                      "64"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "sample.py",
+            "an astronaut",
+            "--model",
+            "mvdream-sd21",
+            "--device",
+            "cpu",
+            "--steps",
+            "1",
+            "--size",
+            "64",
+        ],
+    )
     sample.main()
     model = MVDream.load("mvdream-sd21")
-    assert (model.config.suffix, model.config.guidance, model.config.negative, model.config.size) == (", 3d asset", 10.0, "", 256)
-    drawn = model.sample("an astronaut", "", 4, 1, 10.0, elevation=15.0, azimuth=0.0, size=64)[0]
-    torch.testing.assert_close(read_png("samples/an-astronaut.png"), grid(drawn, 4), rtol=0, atol=0.51 / 255)
+    assert (
+        model.config.suffix,
+        model.config.guidance,
+        model.config.negative,
+        model.config.size,
+    ) == (", 3d asset", 10.0, "", 256)
+    drawn = model.sample(
+        "an astronaut", "", steps=1, guidance=10.0, elevation=15.0, azimuth=0.0, size=64
+    )[0]
+    torch.testing.assert_close(
+        read_png("samples/an-astronaut.png"), grid(drawn, 4), rtol=0, atol=0.51 / 255
+    )
 
 
-@pytest.mark.parametrize("flags, prompt, words", [
-    ([], " ", "prompt is empty"),
-    ([], "zebra", "knows nothing in 'zebra'; it knows: 3d a asset bulldog red"),              # although the suffix is known
-    (["--negative", "ugly"], "a bulldog", "knows nothing in 'ugly'"),
-    (["--view", "3"], "a bulldog", "--view"),
-    (["--views", "0"], "a bulldog", "--views"),
-    (["--seed", "99999999999999999999"], "a bulldog", "--seed"),
-    (["--steps", "1001"], "a bulldog", "--steps"),
-    (["--model", "tinny"], "a bulldog", "no model 'tinny'"),
-    (["--model", "damaged"], "a bulldog", "damaged"),
-    (["--model", "other"], "a bulldog", "no tensor of an MVDream"),
-    (["--size", "72"], "a bulldog", "must be a multiple of 16"),
-    (["--batch", "0"], "a bulldog", "--batch"),
-    (["--device", "cuda"], "a bulldog", "no device 'cuda'"),
-    (["--out", "damaged/x.png"], "a bulldog", "cannot make the folder damaged"),
-    (["--out", "folder"], "a bulldog", "folder"),
-])
-def test_bad_input_is_one_line_and_changes_nothing(start, flags, prompt, words, tmp_path, model_file, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "flags, prompt, words",
+    [
+        ([], " ", "prompt is empty"),
+        (
+            [],
+            "zebra",
+            "knows nothing in 'zebra'; it knows: 3d a asset bulldog red",
+        ),  # although the suffix is known
+        (["--negative", "ugly"], "a bulldog", "knows nothing in 'ugly'"),
+        (["--view", "3"], "a bulldog", "--view"),
+        (["--views", "0"], "a bulldog", "--views"),
+        (["--seed", "99999999999999999999"], "a bulldog", "--seed"),
+        (["--steps", "1001"], "a bulldog", "--steps"),
+        (["--model", "tinny"], "a bulldog", "no model 'tinny'"),
+        (["--model", "damaged"], "a bulldog", "damaged"),
+        (["--model", "other"], "a bulldog", "not a tensor of an MVDream"),
+        (["--size", "72"], "a bulldog", "must be a multiple of 16"),
+        (["--batch", "0"], "a bulldog", "--batch"),
+        (["--device", "cuda"], "a bulldog", "no device 'cuda'"),
+        (["--out", "damaged/x.png"], "a bulldog", "cannot make the folder damaged"),
+        (["--out", "folder"], "a bulldog", "folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_changes_nothing(
+    start, flags, prompt, words, tmp_path, model_file, capsys, monkeypatch
+):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     Path("damaged").write_bytes(model_file.read_bytes()[:-100])
     write_safetensors("other", {"weight": torch.zeros(2)})
@@ -114,15 +185,40 @@ def test_bad_input_is_one_line_and_changes_nothing(start, flags, prompt, words, 
     before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
     assert start("--out", "folder/x.png", *flags, prompt=prompt) == 2
     out, err = capsys.readouterr()
-    errors = [line for line in err.replace("\r", "\n").splitlines() if line and "%|" not in line]          # not the progress bar's
-    assert len(errors) == 1 and errors[0].startswith("error: ") and words in errors[0] and out == ""
-    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+    errors = [
+        line for line in err.replace("\r", "\n").splitlines() if line and "%|" not in line
+    ]  # not the progress bar's
+    assert (
+        len(errors) == 1
+        and errors[0].startswith("error: ")
+        and words in errors[0]
+        and out == ""
+    )
+    assert {
+        path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")
+    } == before
 
 
 def test_unknown_words_are_named_once_in_one_clean_line(model_file, tmp_path):
     """A real process, with nothing between it and stderr."""
-    ended = subprocess.run([sys.executable, SCRIPT, "a red wombat", "--model", model_file, "--device", "cpu", "--steps", "1"],
-                           cwd=tmp_path, capture_output=True, text=True)
+    ended = subprocess.run(
+        [
+            sys.executable,
+            SCRIPT,
+            "a red wombat",
+            "--model",
+            model_file,
+            "--device",
+            "cpu",
+            "--steps",
+            "1",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert ended.returncode == 0 and (tmp_path / "samples" / "a-red-wombat.png").exists()
     lines = [line for line in re.split("[\r\n]", ended.stderr) if line and "%|" not in line]
-    assert lines == ["warning: the model does not know wombat: left out; it knows: 3d a asset bulldog red"]
+    assert lines == [
+        "warning: the model does not know wombat: left out; it knows: 3d a asset bulldog red"
+    ]

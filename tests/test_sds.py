@@ -1,300 +1,562 @@
-"""The distillation loss against its formula, the random draws against their ranges, and the step itself."""
+"""Score distillation: the loss against its formula, the draws against their ranges, and a step."""
+import contextlib
 import math
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mvd import MVDream, diffusion, render, sds
+from mvd import MVDream, diffusion, nerf, render, sds
+from mvd.hashgrid import HashGrid, HashGridConfig
 from mvd.tools.device import GraphedStep, side_stream
 from mvd.unet import MultiViewUNet, UNetConfig
 from scripts import saved_model
 from test_model import small_config
 
+TIME = 400
+GUIDANCE = 7.0
+
+# ---- the loss --------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def unet():
+    """A small UNet in which no weight is zero."""
     torch.manual_seed(0)
-    unet = MultiViewUNet(UNetConfig(model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(1, 2),
-                                    head_dim=16, context_dim=8))
-    for p in unet.parameters():
-        torch.nn.init.normal_(p, std=0.1)
+    config = UNetConfig(
+        model_channels=32,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(1, 2),
+        head_dim=16,
+        context_dim=8,
+    )
+    unet = MultiViewUNet(config)
+    for weight in unet.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
     return unet.requires_grad_(False)
 
 
 @pytest.fixture
 def case():
-    g = torch.Generator().manual_seed(1)
-    return dict(x0=torch.randn(2, 4, 4, 8, 8, generator=g), noise=torch.randn(2, 4, 4, 8, 8, generator=g),
-                t=torch.tensor([400, 400]), context=torch.randn(4, 5, 8, generator=g), camera=torch.randn(2, 4, 16, generator=g))
+    """Two sets of four views, and what the UNet is asked about them."""
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    return {
+        "x0": normal(2, 4, 4, 8, 8),
+        "noise": normal(2, 4, 4, 8, 8),
+        "t": torch.tensor([TIME, TIME]),
+        "context": normal(4, 5, 8),
+        "camera": normal(2, 4, 16),
+    }
 
 
-def gradient(unet, case, camera=True, **options):
+def distil(unet, case, **options):
+    """What the loss says: (its gradient by the rendered latents, the predicted clean latents)."""
     x0 = case["x0"].clone().requires_grad_()
-    value = sds.loss(unet, x0, case["t"], case["context"], case["camera"] if camera else None, 7.0, noise=case["noise"], **options)
-    return torch.autograd.grad(value, x0)[0]
+    loss, x0_hat = sds.distillation_loss(
+        unet,
+        x0,
+        case["t"],
+        case["context"],
+        case["camera"],
+        guidance=GUIDANCE,
+        noise=case["noise"],
+        **options,
+    )
+    gradient, = torch.autograd.grad(loss, x0)
+    return gradient, x0_hat
 
 
-def guided_eps(unet, case, camera=True):
-    """The prediction, one call a half, guidance written out."""
-    alpha = diffusion.alphas_cumprod()[400].double()
-    x_t = (alpha.sqrt() * case["x0"].double() + (1 - alpha).sqrt() * case["noise"].double()).float()
-    halves = [unet(x_t, case["t"], context, case["camera"] if camera else None) for context in case["context"].split(2)]
-    return x_t, halves[0], halves[1] + 7.0 * (halves[0] - halves[1])
+def guided_noise(unet, case):
+    """(x_t, conditional ε̂, guided ε̂): both sets at once, one call per half of guidance."""
+    alpha = diffusion.alphas_cumprod()[TIME].double()
+    signal = alpha.sqrt() * case["x0"].double()
+    noise = (1 - alpha).sqrt() * case["noise"].double()
+    x_t = (signal + noise).float()
+    prompts, negatives = case["context"].split(2)
+    conditional = unet(x_t, case["t"], prompts, case["camera"])
+    unconditional = unet(x_t, case["t"], negatives, case["camera"])
+    guided = unconditional + GUIDANCE * (conditional - unconditional)
+    return x_t, conditional, guided
 
 
-@pytest.mark.parametrize("camera", [True, False])
-def test_x0_loss_without_rescale_is_sds_with_weight_sigma_over_alpha(unet, case, camera):
-    alpha = diffusion.alphas_cumprod()[400]
-    _, _, eps = guided_eps(unet, case, camera)
-    expected = (1 - alpha).sqrt() / alpha.sqrt() * (eps - case["noise"]) / 8
-    torch.testing.assert_close(gradient(unet, case, camera, rescale=0.0), expected, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("mode", ["3d", "2d"])
+def test_x0_loss_without_rescale_is_sds_with_weight_sigma_over_alpha(unet, case, mode):
+    if mode == "2d":
+        case["camera"] = None
+    alpha = diffusion.alphas_cumprod()[TIME]
+    _, _, eps = guided_noise(unet, case)
+    weight = (1 - alpha).sqrt() / alpha.sqrt()
+    expected = weight * (eps - case["noise"]) / 8
+    gradient, _ = distil(unet, case, rescale=0.0)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_classic_gradient_against_its_formula(unet, case):
-    _, _, eps = guided_eps(unet, case)
-    expected = (1 - diffusion.alphas_cumprod()[400]) * (eps - case["noise"]) / 8
-    torch.testing.assert_close(gradient(unet, case, kind="sds"), expected, rtol=1e-4, atol=1e-5)
+    _, _, eps = guided_noise(unet, case)
+    weight = 1 - diffusion.alphas_cumprod()[TIME]
+    expected = weight * (eps - case["noise"]) / 8
+    gradient, _ = distil(unet, case, kind="sds")
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_rescale_against_its_formula(unet, case):
-    x_t, conditional, eps = guided_eps(unet, case)
-    alpha = diffusion.alphas_cumprod()[400].double()
-    x0_guided, x0_text = ((x_t.double() - (1 - alpha).sqrt() * e.double()) / alpha.sqrt() for e in (eps, conditional))
+    alpha = diffusion.alphas_cumprod()[TIME].double()
+    x_t, conditional, guided = guided_noise(unet, case)
+
+    def clean(eps):
+        return (x_t.double() - (1 - alpha).sqrt() * eps.double()) / alpha.sqrt()
+
+    x0_guided, x0_text = clean(guided), clean(conditional)
     for b in range(2):
-        x0_guided[b] = 0.5 * x0_guided[b] + 0.5 * x0_guided[b] * x0_text[b].std() / x0_guided[b].std()
-    expected = ((case["x0"].double() - x0_guided) / 8).float()
-    torch.testing.assert_close(gradient(unet, case, rescale=0.5), expected, rtol=1e-3, atol=1e-4)
+        ratio = x0_text[b].std() / x0_guided[b].std()
+        x0_guided[b] = 0.5 * x0_guided[b] + 0.5 * x0_guided[b] * ratio
+    expected = (case["x0"].double() - x0_guided) / 8
+    gradient, x0_hat = distil(unet, case, rescale=0.5)
+    torch.testing.assert_close(gradient, expected.float(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(x0_hat, x0_guided.float(), rtol=1e-3, atol=1e-3)
 
 
-def test_time_range_is_annealed():
-    assert sds.time_range(0.0) == (0.98, 0.98)
-    assert sds.time_range(0.4) == pytest.approx((0.5, 0.74))
-    assert sds.time_range(0.8) == sds.time_range(1.0) == pytest.approx((0.02, 0.5))
+def test_a_network_that_predicts_v_has_the_same_target(unet, case, monkeypatch):
+    """Only `diffusion.predict_noise` knows what the network predicts; its docstring says how."""
+    x_t, _, _ = guided_noise(unet, case)
+    question = x_t, case["t"], case["context"], case["camera"]
+    options = dict(guidance=GUIDANCE, rescale=0.5)
+    x0_expected, eps_expected = sds.targets(unet, *question, **options)
 
+    def velocity(x_t, t, context, camera):
+        eps = unet(x_t, t, context, camera)
+        abar = diffusion.alphas_cumprod()[t].view(-1, 1, 1, 1, 1)
+        x0 = (x_t - (1 - abar).sqrt() * eps) / abar.sqrt()
+        return abar.sqrt() * eps - (1 - abar).sqrt() * x0
 
-def test_time_is_one_integer_for_all_sets():
-    torch.manual_seed(0)
-    draws = torch.stack([sds.draw_time(0.2, 0.4, 3, "cpu") for _ in range(500)])
-    assert (draws == draws[:, :1]).all() and draws.dtype == torch.int64
-    assert draws.min() >= 200 and draws.max() < 400 and draws.min() < 205 and draws.max() > 394
+    def predict_noise(network, x_t, t, context, camera=None):
+        v = network(x_t, t, context, camera).float()
+        abar = diffusion.alpha_bar(t, x_t)
+        return abar.sqrt() * v + (1 - abar).sqrt() * x_t
 
-
-def test_cameras_are_where_the_paper_puts_them():
-    torch.manual_seed(0)
-    c2w, fov = sds.draw_cameras(4000, 4, "cpu")
-    position = c2w[..., :3, 3]
-    distance = position.norm(dim=-1)
-    elevation = torch.rad2deg(torch.asin(position[..., 2] / distance))
-    azimuth = torch.rad2deg(torch.atan2(position[..., 1], position[..., 0]))
-    assert ((azimuth.diff(dim=1) % 360) - 90).abs().max() < 1e-2                          # a quarter turn from view to view
-    assert (elevation - elevation[:, :1]).abs().max() < 1e-2                              # one elevation a set
-    assert elevation.min() > -0.01 and elevation.max() < 30.01
-    share = (distance[:, 0] * torch.tan(torch.deg2rad(fov) / 2))
-    assert share.min() > 0.799 and share.max() < 1.001 and 15 <= fov.min() and fov.max() <= 60
-    # the mean of half U[0, 30] and half asin(U[0, 1/3]), the latter by its integral: ∫ asin(u) du = u asin(u) + sqrt(1 - u²)
-    u = 1 / 3
-    mean = math.degrees((u * math.asin(u) + math.sqrt(1 - u * u) - 1) / u)
-    assert abs(elevation[:, 0].mean() - (15 + mean) / 2) < 0.4
-
-# ---------------------------------------------------------------------------------------------------- the step
-
-
-SETTINGS = dict(levels=2, log2_entries=10, coarsest=4, finest=16, hidden=8, step_size=0.1, negative="asset", compile=False,
-                occupancy_cells=32)
-
-
-@pytest.fixture(scope="module")
-def model_file(tmp_path_factory):
-    """A model of a few thousand random weights, 32 pixels."""
-    config = small_config()
-    config.size = 32
-    return saved_model(tmp_path_factory.mktemp("model"), config)
-
-
-def parts(model_file, device="cpu", stage=sds.Stage(8, 1, 1024), **settings):
-    """(step, nerf, schedule) as distill.py makes them, in the middle of a run."""
-    s = sds.Settings("a red bulldog", **{**SETTINGS, **settings})
-    model = MVDream.load(model_file)
-    context = model.embed([s.prompt, s.negative]).to(device)
-    model = model.to(device)
-    torch.manual_seed(s.seed)
-    nerf, occupancy, optimizer = sds.make_field(s, "cpu")
-    torch.nn.init.normal_(nerf.grid.table, std=0.5)                              # its own U(±1e-4) would hide what depends on it
-    if device != "meta":
-        occupancy.update(nerf.density, s.step_size, everywhere=True)
-    if device != "cpu":
-        kept = {**nerf.state_dict(), **occupancy.state_dict()}
-        nerf, occupancy, optimizer = sds.make_field(s, device)
-        if device == "meta":
-            optimizer = torch.optim.SGD(nerf.parameters(), lr=1e-3)              # AdamW would read its count of steps
-        else:
-            nerf.load_state_dict({name: kept[name] for name in nerf.state_dict()})
-            occupancy.load_state_dict({name: kept[name] for name in occupancy.state_dict()})
-    schedule = sds.Schedule(device)
-    for value, tensor in zip((0.4, 0.6, 1.0, 1000.0), (schedule.low, schedule.high, schedule.light, schedule.orientation)):
-        tensor.fill_(value)
-    if s.compile:
-        model.compile_networks()
-    return sds.make_step(s, model, nerf, occupancy, optimizer, context, schedule, stage), nerf, schedule
-
-
-GROUPS = ("grid.", "to_density.", "to_albedo.", "to_background.")
-
-
-def gradients(nerf):
-    """The largest gradient in each part of the field."""
-    return {g: max(p.grad.abs().max().item() for name, p in nerf.named_parameters() if name.startswith(g)) for g in GROUPS}
-
-
-@pytest.mark.parametrize("loss", ["x0", "sds"])
-@pytest.mark.parametrize("mode", ["3d", "2d"])
-def test_a_step_reaches_every_part_of_the_field(model_file, loss, mode):
-    step, nerf, _ = parts(model_file, loss=loss, mode=mode, random_background=0.0)
-    before = {name: p.detach().clone() for name, p in nerf.named_parameters()}
-    assert torch.isfinite(step()) and min(gradients(nerf).values()) > 0
-    assert all(not torch.equal(p, before[name]) for name, p in nerf.named_parameters())
-
-
-def test_the_losses_differ_and_so_do_their_gradients(model_file):
-    tables = []
-    for loss in ("x0", "sds"):
-        step, nerf, _ = parts(model_file, loss=loss)
-        step()
-        tables.append(nerf.grid.table.grad)
-    assert not torch.allclose(*tables)
-
-
-def test_random_background_replaces_the_environment_in_that_share_of_the_steps(model_file):
-    for share, steps, least, most in ((0.0, 4, 4, 4), (0.5, 16, 4, 12), (1.0, 4, 0, 0)):
-        step, nerf, _ = parts(model_file, random_background=share)
-        environment = 0
-        for _ in range(steps):
-            step()
-            environment += gradients(nerf)["to_background."] > 0
-        assert least <= environment <= most
-
-
-def test_backgrounds_are_one_colour_or_one_grey(model_file, monkeypatch):
-    seen, draw = [], render.render
-
-    def recording(nerf, occupancy, origins, directions, background, *rest, **more):
-        seen.append(background.detach())
-        return draw(nerf, occupancy, origins, directions, background, *rest, **more)
-    monkeypatch.setattr(render, "render", recording)
-    for grey in (False, True):
-        parts(model_file, random_background=1.0, grey_background=grey)[0]()
-        assert (seen[-1] == seen[-1][0]).all() and (seen[-1][0] == seen[-1][0, 0]).all() == grey
-
-
-def test_shading_draws_textureless_steps_and_adds_the_orientation_loss(model_file):
-    step, nerf, schedule = parts(model_file, shading=True)
-    albedo = []
-    for _ in range(16):
-        assert torch.isfinite(step())
-        albedo.append(gradients(nerf)["to_albedo."] > 0)
-        assert gradients(nerf)["grid."] > 0
-    assert 7 <= sum(albedo) <= 13                                                # 62.5% of the steps show the albedo
-    losses, tables = [], []
-    for weight in (0.0, 1000.0):                                                 # the same draws
-        step, nerf, schedule = parts(model_file, shading=True)
-        schedule.orientation.fill_(weight)
-        losses.append(step())
-        tables.append(nerf.grid.table.grad)
-    assert torch.equal(*losses) and not torch.allclose(*tables)
-
-
-@pytest.mark.parametrize("settings", [{}, {"shading": True, "mode": "2d", "grey_background": True, "loss": "sds"}])
-def test_a_step_has_static_shapes_and_copies_nothing_to_the_device(model_file, settings):
-    """On PyTorch's device without data, whatever a shape would depend on does not exist, and reading a number raises. A tensor that
-    is made of Python numbers there shows as lift_fresh, one that is copied as an operation with a tensor of the CPU."""
-    step, *_ = parts(model_file, "meta", **settings)
-    step()                                                                       # the noise schedule is copied once
-    copies = []
-
-    class Watch(TorchDispatchMode):
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            result = function(*args, **(kwargs or {}))
-            tensors = [t for t in tree_leaves((args, result)) if isinstance(t, torch.Tensor)]
-            if "lift_fresh" in str(function) and result.is_meta or len({t.is_meta for t in tensors}) > 1:
-                copies.append(str(function))
-            return result
-    with Watch():
-        assert step().shape == ()
-    assert copies == []
+    monkeypatch.setattr(diffusion, "predict_noise", predict_noise)
+    x0, eps = sds.targets(velocity, *question, **options)
+    torch.testing.assert_close(x0, x0_expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(eps, eps_expected, rtol=1e-4, atol=1e-4)
 
 
 def test_one_compiled_unet_serves_any_number_of_sets(unet, case):
-    """`target` asks set by set, with tensors of one shape and layout: the compiler sees the network once."""
+    """`targets` asks set by set, with tensors of one shape and layout: one graph is enough."""
     graphs = []
 
     def count(graph, example):
         graphs.append(graph)
         return graph.forward
+
     compiled = torch.compile(unet, backend=count, dynamic=False)
+    x0, t, camera = case["x0"], case["t"], case["camera"]
+    options = dict(guidance=GUIDANCE, rescale=0.5)
     with torch.no_grad():
-        both = sds.target(compiled, case["x0"], case["t"], case["context"], case["camera"], 7.0, 0.5)
+        together = sds.targets(compiled, x0, t, case["context"], camera, **options)
         for i in range(2):
-            one = sds.target(compiled, case["x0"][i:i + 1], case["t"][:1], case["context"][i::2].clone(memory_format=torch.contiguous_format),
-                             case["camera"][i:i + 1], 7.0, 0.5)
-            assert all(torch.allclose(alone[0], together[i], atol=1e-5) for alone, together in zip(one, both))
-    assert len(graphs) == 1
+            one = slice(i, i + 1)
+            context = case["context"][i::2].clone(memory_format=torch.contiguous_format)
+            alone = sds.target(compiled, x0[one], t[one], context, camera[one], **options)
+            for found, expected in zip(alone, together):
+                assert torch.allclose(found[0], expected[i], atol=1e-5), (
+                    f"set {i} has another target alone than in a batch"
+                )
+    assert len(graphs) == 1, f"the compiler saw {len(graphs)} different networks"
 
 
 def test_noise_does_not_depend_on_the_layout_in_memory(unet, case):
-    values = []
-    for x0 in (case["x0"], case["x0"].movedim(2, -1).contiguous().movedim(-1, 2)):
+    plain = case["x0"]
+    channels_last = plain.movedim(2, -1).contiguous().movedim(-1, 2)
+    losses = []
+    for x0 in (plain, channels_last):
         torch.manual_seed(1)
-        values.append(sds.loss(unet, x0, case["t"], case["context"], case["camera"], 7.0))
-    torch.testing.assert_close(*values)
+        loss, _ = sds.distillation_loss(
+            unet, x0, case["t"], case["context"], case["camera"], guidance=GUIDANCE
+        )
+        losses.append(loss)
+    torch.testing.assert_close(*losses)
+
+
+# ---- random draws ----------------------------------------------------------------------------
+
+def test_time_range_is_annealed():
+    assert sds.time_range(0.0) == (0.98, 0.98)
+    assert sds.time_range(0.4) == pytest.approx((0.5, 0.74))
+    assert sds.time_range(0.8) == pytest.approx((0.02, 0.5))
+    assert sds.time_range(1.0) == sds.time_range(0.8), "the range moves on after `anneal`"
+
+
+def test_time_is_one_integer_for_all_sets():
+    torch.manual_seed(0)
+    draws = [sds.draw_time(0.2, 0.4, 3, "cpu") for _ in range(500)]
+    draws = torch.stack(draws)
+    assert (draws == draws[:, :1]).all(), "the sets of a batch differ in their time"
+    assert draws.dtype == torch.int64
+    assert 200 <= draws.min() < 205
+    assert 394 < draws.max() < 400
+
+
+@pytest.mark.parametrize("views", [4, 6])
+def test_cameras_are_where_the_paper_puts_them(views):
+    torch.manual_seed(0)
+    c2w, fov = sds.draw_cameras(4000, views, "cpu")
+    position = c2w[..., :3, 3]
+    distance = position.norm(dim=-1)
+    elevation = torch.rad2deg(torch.asin(position[..., 2] / distance))
+    azimuth = torch.rad2deg(torch.atan2(position[..., 1], position[..., 0]))
+    turns = azimuth.diff(dim=1) % 360
+    assert (turns - 360 / views).abs().max() < 1e-2, "the views are not evenly round the object"
+    spread = (elevation - elevation[:, :1]).abs().max()
+    assert spread < 1e-2, "the views of a set differ in elevation"
+    assert elevation.min() > -0.01 and elevation.max() < 30.01
+    share = distance[:, 0] * torch.tan(torch.deg2rad(fov) / 2)
+    assert share.min() > 0.799 and share.max() < 1.001
+    assert 15 <= fov.min() and fov.max() <= 60
+    # The mean of half U[0, 30] and half asin(U[0, 1/3]); that of the latter is its integral,
+    # ∫ asin(u) du = u asin(u) + sqrt(1 - u²).
+    u = 1 / 3
+    integral = u * math.asin(u) + math.sqrt(1 - u * u) - 1
+    on_sphere = math.degrees(integral / u)
+    assert abs(elevation[:, 0].mean() - (15 + on_sphere) / 2) < 0.4
+
+
+# ---- one step --------------------------------------------------------------------------------
+
+SETTINGS = dict(
+    levels=2,
+    log2_entries=10,
+    coarsest=4,
+    finest=16,
+    hidden=8,
+    step_size=0.1,
+    negative="asset",
+    occupancy_cells=32,
+)
+STAGE = sds.Stage(size=8, sets=1, budget=1024)
+# Everything that the defaults leave out.
+UNUSUAL = {"shading": True, "mode": "2d", "grey_background": True, "loss": "sds"}
+PARTS = ("encoding", "to_density", "to_albedo", "to_background")
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory):
+    """A model of random weights that draws 32 pixels."""
+    config = small_config()
+    config.size = 32
+    return saved_model(tmp_path_factory.mktemp("model"), config)
+
+
+def make_distillation(model_file, device="cpu", *, stage=STAGE, compiled=False, **settings):
+    """A Distillation in the middle of a run, with the same field on every device."""
+    s = sds.DistillSettings("a red bulldog", **{**SETTINGS, **settings})
+    model = MVDream.load(model_file)
+    context = model.embed([s.prompt, s.negative])
+    torch.manual_seed(s.seed)
+    distillation = sds.Distillation(s, model, context)
+    # Its own U(±1e-4) would hide what depends on it.
+    torch.nn.init.normal_(distillation.nerf.encoding.table, std=0.5)
+    distillation.occupancy.update(distillation.nerf.density, s.step_size, everywhere=True)
+    if device != "cpu":
+        distillation = moved(distillation, device)
+    distillation.t_low.fill_(0.4)
+    distillation.t_high.fill_(0.6)
+    distillation.lit.fill_(1.0)
+    distillation.orientation.fill_(1000.0)
+    if compiled:
+        model.compile_networks()
+    distillation.begin(stage, compiled)
+    return distillation
+
+
+def moved(distillation, device):
+    """The same on another device. On "meta", tensors have no values."""
+    model = distillation.model.to(device)
+    other = sds.Distillation(distillation.s, model, distillation.context.to(device))
+    if device == "meta":
+        # AdamW would read its count of steps.
+        other.optimizer = torch.optim.SGD(other.nerf.parameters(), lr=1e-3)
+        return other
+    other.nerf.load_state_dict(distillation.nerf.state_dict())
+    other.occupancy.load_state_dict(distillation.occupancy.state_dict())
+    return other
+
+
+def largest_gradients(field):
+    """{part of the field: its largest gradient}."""
+    largest = dict.fromkeys(PARTS, 0.0)
+    for name, weight in field.named_parameters():
+        part = name.split(".")[0]
+        largest[part] = max(largest[part], weight.grad.abs().max().item())
+    return largest
+
+
+@pytest.fixture
+def rendered(monkeypatch):
+    """A list to which each rendering of a step adds (its background [R, 3], its Rendering)."""
+    rendered, render_rays = [], render.render_rays
+
+    def recording(field, occupancy, origins, directions, background, **more):
+        seen = render_rays(field, occupancy, origins, directions, background, **more)
+        rendered.append((background.detach(), seen))
+        return seen
+
+    monkeypatch.setattr(render, "render_rays", recording)
+    return rendered
+
+
+@pytest.mark.parametrize("loss", ["x0", "sds"])
+@pytest.mark.parametrize("mode", ["3d", "2d"])
+def test_a_step_reaches_every_part_of_the_field(model_file, loss, mode):
+    distillation = make_distillation(model_file, loss=loss, mode=mode, random_background=0.0)
+    field = distillation.nerf
+    before = {name: weight.detach().clone() for name, weight in field.named_parameters()}
+    assert torch.isfinite(distillation.step().loss)
+    for part, gradient in largest_gradients(field).items():
+        assert gradient > 0, f"{part} gets no gradient"
+    for name, weight in field.named_parameters():
+        assert not torch.equal(weight, before[name]), f"{name} has not moved"
+
+
+class OtherGrid(HashGrid):
+    """A second encoding. It differs in its name alone."""
+
+
+class OtherConfig(HashGridConfig):
+    """Its configuration."""
+
+
+def test_the_encoding_and_the_learning_rates_are_settings(model_file, monkeypatch):
+    monkeypatch.setitem(nerf.ENCODINGS, "other", (OtherGrid, OtherConfig))
+    distillation = make_distillation(model_file, encoding="other", lr_grid=0.03, lr=0.002)
+    encoding = distillation.nerf.encoding
+    assert type(encoding) is OtherGrid
+    assert encoding.config == OtherConfig(2, 10, 4, 16, 0.03), "its settings did not reach it"
+    of_grid, of_networks = distillation.optimizer.param_groups
+    assert of_grid["lr"] == 0.03 and of_networks["lr"] == 0.002
+    assert of_grid["params"][0] is encoding.table
+    assert torch.isfinite(distillation.step().loss)
+
+
+@pytest.mark.parametrize("settings", [{}, {"shading": True}, {"views": 3}])
+def test_a_step_says_how_large_the_gradient_is_and_how_opaque_the_field(
+    model_file, rendered, settings
+):
+    stage = sds.Stage(size=8, sets=2, budget=1024)
+    distillation = make_distillation(model_file, stage=stage, **settings)
+    result = distillation.step()
+    squares = 0.0
+    for weight in distillation.nerf.parameters():
+        squares += weight.grad.double().square().sum().item()
+    assert result.gradient.item() == pytest.approx(math.sqrt(squares), rel=1e-5)
+    # The opacity of a ray is the sum of its samples' weights.
+    (_, seen), = rendered
+    views = distillation.s.views
+    mean = seen.weights.double().sum().item() / (2 * views * 8 * 8)
+    assert 0 < mean < 1, "the case shows nothing, or nothing else than the object"
+    assert result.opacity.item() == pytest.approx(mean, rel=1e-5)
+    assert result.x0_hat.shape == (2, views, 8, 4, 4)
+    for number in result:
+        assert not number.requires_grad and torch.isfinite(number).all()
+
+
+def test_the_losses_differ_and_so_do_their_gradients(model_file):
+    tables = []
+    for loss in ("x0", "sds"):
+        distillation = make_distillation(model_file, loss=loss)
+        distillation.step()
+        tables.append(distillation.nerf.encoding.table.grad)
+    assert not torch.allclose(*tables), "--loss changes nothing"
+
+
+@pytest.mark.parametrize(
+    "share, steps, least, most", [(0.0, 4, 4, 4), (0.5, 16, 4, 12), (1.0, 4, 0, 0)]
+)
+def test_random_background_replaces_the_environment_in_that_share_of_the_steps(
+    model_file, share, steps, least, most
+):
+    distillation = make_distillation(model_file, random_background=share)
+    environment = 0
+    for _ in range(steps):
+        distillation.step()
+        environment += largest_gradients(distillation.nerf)["to_background"] > 0
+    assert least <= environment <= most
+
+
+@pytest.mark.parametrize("grey", [False, True])
+def test_backgrounds_are_one_colour_or_one_grey(model_file, rendered, grey):
+    settings = dict(random_background=1.0, grey_background=grey)
+    make_distillation(model_file, **settings).step()
+    (background, _), = rendered
+    assert (background == background[0]).all(), "the background is not plain"
+    red, green, blue = background[0]
+    assert (red == green == blue) == grey
+
+
+def test_shading_draws_textureless_steps(model_file):
+    distillation = make_distillation(model_file, shading=True)
+    with_albedo = 0
+    for _ in range(16):
+        assert torch.isfinite(distillation.step().loss)
+        gradients = largest_gradients(distillation.nerf)
+        assert gradients["encoding"] > 0
+        with_albedo += gradients["to_albedo"] > 0
+    # 62.5% of the steps show the albedo.
+    assert 7 <= with_albedo <= 13
+
+
+def test_shading_adds_the_orientation_loss(model_file):
+    losses, tables = [], []
+    for weight in (0.0, 1000.0):
+        # The draws are the same.
+        distillation = make_distillation(model_file, shading=True)
+        distillation.orientation.fill_(weight)
+        losses.append(distillation.step().loss)
+        tables.append(distillation.nerf.encoding.table.grad)
+    assert torch.equal(*losses), "the loss that is reported includes the orientation loss"
+    assert not torch.allclose(*tables), "the orientation loss moves nothing"
+
+
+class WatchCopies(TorchDispatchMode):
+    """Lists the operations that copy numbers to the device "meta".
+
+    They have tensors of that device and of the CPU. A tensor that is made of Python numbers may
+    show as lift_fresh.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        leaves = tree_leaves((args, result))
+        places = {leaf.is_meta for leaf in leaves if isinstance(leaf, torch.Tensor)}
+        made = "lift_fresh" in str(function) and result.is_meta
+        if made or len(places) > 1:
+            self.found.append(str(function))
+        return result
+
+
+class WatchNumbers(TorchFunctionMode):
+    """Lists the calls of the step's own code that make a tensor there of Python numbers."""
+
+    makers = (torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor)
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function in self.makers and result.is_meta:
+            *_, data = args
+            if not isinstance(data, torch.Tensor):
+                self.found.append(f"{function.__name__}({data})")
+        return result
+
+
+@pytest.mark.parametrize("settings", [{}, UNUSUAL], ids=["usual", "unusual"])
+def test_a_step_has_static_shapes_and_copies_nothing_to_the_device(model_file, settings):
+    """PyTorch's device "meta" has no data: what a shape depends on does not exist there.
+
+    Reading a number raises.
+    """
+    distillation = make_distillation(model_file, "meta", **settings)
+    # The noise schedule is copied once.
+    distillation.step()
+    with WatchCopies() as copies, WatchNumbers() as numbers:
+        result = distillation.step()
+    assert result.loss.shape == result.gradient.shape == result.opacity.shape == ()
+    assert copies.found == [], "a step copies tensors to the device"
+    assert numbers.found == [], "a step copies Python numbers to the device"
+
+
+# ---- one step on a GPU -----------------------------------------------------------------------
+
+CUDA = torch.device("cuda")
+
+
+@contextlib.contextmanager
+def waiting_forbidden():
+    """Within this context CUDA raises an error where the host waits for it."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def losses_and_gradients(distillation):
+    """The losses of 20 steps [20], and the gradients of the first: {name: gradient}.
+
+    The first runs eagerly, the others as a GraphedStep. A hundred more steps must not wait.
+    """
+    losses = [distillation.step().loss]
+    gradients = {}
+    for name, weight in distillation.nerf.named_parameters():
+        gradients[name] = weight.grad.clone()
+    with side_stream(CUDA):
+        graphed = GraphedStep(distillation.step, CUDA)
+        for _ in range(19):
+            losses.append(graphed().loss.clone())
+        with waiting_forbidden():
+            for _ in range(100):
+                graphed()
+    return torch.stack(losses), gradients
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("stage, settings", [(sds.Stage(8, 2, 1024), {}), (
-    sds.Stage(16, 1, 2048), {"shading": True, "mode": "2d", "grey_background": True, "loss": "sds"})])
+@pytest.mark.parametrize(
+    "stage, settings",
+    [(sds.Stage(8, 2, 1024), {}), (sds.Stage(16, 1, 2048), UNUSUAL)],
+    ids=["usual", "unusual"],
+)
 def test_a_compiled_step_is_the_step_and_never_waits(model_file, stage, settings, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)               # float32 shall be float32
-    torch.set_float32_matmul_precision("highest")                                # which another test's training may have changed
-    losses, gradient = [], []
-    for compiled in (True, False):
-        step, nerf, _ = parts(model_file, "cuda", stage=stage, compile=compiled, guidance=5.0, **settings)
-        losses.append([step()])
-        gradient.append({name: p.grad.clone() for name, p in nerf.named_parameters()})
-        with side_stream(torch.device("cuda")):
-            stepper = GraphedStep(step, torch.device("cuda"))
-            losses[-1] += [stepper().clone() for _ in range(19)]
-            torch.cuda.synchronize()
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                for _ in range(100):
-                    stepper()
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-    for name, g in gradient[1].items():
-        assert (gradient[0][name] - g).norm() <= 1e-4 * g.norm(), name
-    assert torch.allclose(*(torch.stack(row) for row in losses), rtol=0.01)
+    # Float32 shall be float32; another test's training may have changed the second.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    torch.set_float32_matmul_precision("highest")
+    settings = dict(settings, stage=stage, guidance=5.0)
+    compiled = make_distillation(model_file, "cuda", compiled=True, **settings)
+    losses, gradients = losses_and_gradients(compiled)
+    eager = make_distillation(model_file, "cuda", **settings)
+    eager_losses, eager_gradients = losses_and_gradients(eager)
+    for name, expected in eager_gradients.items():
+        error = (gradients[name] - expected).norm()
+        assert error <= 1e-4 * expected.norm(), f"{name} has another gradient when compiled"
+    assert torch.allclose(losses, eager_losses, rtol=0.01)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("stage", [sds.Stage(8, 2, 1024), sds.Stage(16, 1, 2048)])
-@pytest.mark.parametrize("settings", [{}, {"shading": True, "mode": "2d", "grey_background": True, "loss": "sds"}])
+@pytest.mark.parametrize("settings", [{}, UNUSUAL], ids=["usual", "unusual"])
 def test_a_step_on_cuda_never_waits(model_file, settings, stage):
     """Eager and as a CUDA graph: neither asks the host for anything, and both train."""
-    step, nerf, _ = parts(model_file, "cuda", stage=stage, **settings)
-    stepper = GraphedStep(step, torch.device("cuda"))
-    with side_stream(torch.device("cuda")):
-        for calls in (2, 4):                                                     # eager, then captured
-            for _ in range(calls):
-                stepper()
-            before = nerf.grid.table.detach().clone()
-            torch.cuda.synchronize()
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                for _ in range(1 if calls == 2 else 100):
-                    loss = stepper()
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-            assert torch.isfinite(loss) and not torch.equal(nerf.grid.table, before)
-            assert (stepper.graph is not None) == (calls == 4)
+    distillation = make_distillation(model_file, "cuda", stage=stage, **settings)
+    table = distillation.nerf.encoding.table
+    graphed = GraphedStep(distillation.step, CUDA)
+
+    def check_steps(count):
+        before = table.detach().clone()
+        with waiting_forbidden():
+            for _ in range(count):
+                result = graphed()
+        assert torch.isfinite(result.loss)
+        assert not torch.equal(table, before), "the steps train nothing"
+
+    with side_stream(CUDA):
+        for _ in range(2):
+            graphed()
+        check_steps(1)
+        assert graphed.graph is None, "the step is captured too early"
+        for _ in range(4):
+            graphed()
+        check_steps(100)
+        assert graphed.graph is not None, "the step is never captured"

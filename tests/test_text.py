@@ -1,4 +1,5 @@
 """The text tower against open_clip's own forward, and the cut vocabulary."""
+
 import warnings
 
 import pytest
@@ -9,7 +10,9 @@ from mvd.text import TextConfig, TextTower, tokenizer
 from mvd.tools.vocabulary import IDENTIFIERS, check_identifier, known_part, name_subject
 from mvd.weights import LDM_TEXT, rename
 
-SMALL = dict(width=32, heads=2, layers=3, unused_layers=0, output_dim=None, context_length=12)
+SMALL = dict(
+    width=32, heads=2, layers=3, unused_layers=0, output_dim=None, context_length=12
+)
 
 
 def tower(**changes):
@@ -19,24 +22,31 @@ def tower(**changes):
 
 @torch.no_grad()
 def test_agrees_with_open_clip():
-    """open_clip pools after ln_final without a projection, so the pooled vector is ours at the end token."""
+    """open_clip pools after its last norm, so its pooled vector is ours at the end token."""
     from open_clip.transformer import TextTransformer
+
     ours = tower()
     theirs = TextTransformer(12, 49408, 32, 2, 3, output_dim=None).eval()
     to_theirs = [(new, old) for old, new in reversed(LDM_TEXT)]
-    theirs.load_state_dict({rename(name, to_theirs): tensor for name, tensor in ours.state_dict().items()})
+    theirs.load_state_dict(
+        {rename(name, to_theirs): tensor for name, tensor in ours.state_dict().items()}
+    )
     tokens = tokenizer()(["a bulldog wearing a crown", "red"], context_length=12)
     assert torch.equal(ours.tokenize(["a bulldog wearing a crown", "red"]), tokens)
     expected, context = theirs(tokens), ours(tokens)
     ends = tokens.argmax(-1)
-    torch.testing.assert_close(context[torch.arange(2), ends], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        context[torch.arange(2), ends], expected, rtol=1e-4, atol=1e-5
+    )
 
 
 @torch.no_grad()
 def test_penultimate_layer_is_a_shorter_tower():
     whole = tower(unused_layers=1)
     short = tower(layers=2)
-    short.load_state_dict({k: v for k, v in whole.state_dict().items() if "blocks.2" not in k})
+    short.load_state_dict(
+        {k: v for k, v in whole.state_dict().items() if "blocks.2" not in k}
+    )
     rows = whole.tokenize(["a red car"])
     torch.testing.assert_close(whole(rows), short(rows))
 
@@ -61,7 +71,9 @@ def test_unknown_words_are_named_and_left_out():
     assert torch.equal(rows, t.tokenize(["a, a bulldog"]))
     with pytest.raises(UserError, match="knows nothing in 'ein Hund'.*bulldog"):
         t.tokenize(["ein Hund"])
-    with pytest.raises(UserError, match="knows nothing in 'a walrus'"):            # an article is no thing
+    with pytest.raises(
+        UserError, match="knows nothing in 'a walrus'"
+    ):  # an article is no thing
         t.tokenize(["a walrus"])
 
 
@@ -85,11 +97,16 @@ def test_identifiers_are_single_tokens():
 
 
 def test_v_stands_for_the_identifier():
-    assert name_subject("a [v] dog, [V]", "ucd") == "a ucd dog, ucd" and name_subject("a v [w]", "ucd") == "a v [w]"
+    assert (
+        name_subject("a [v] dog, [V]", "ucd") == "a ucd dog, ucd"
+        and name_subject("a v [w]", "ucd") == "a v [w]"
+    )
     for words in ((), ("a", "bulldog", "ucd")):
         taught, other = tower(words=words, identifier="ucd"), tower(words=words)
         assert known_part("a [v] bulldog", taught.config) == "a ucd bulldog"
-        assert torch.equal(taught.tokenize(["a [V] bulldog"]), other.tokenize(["a ucd bulldog"]))
+        assert torch.equal(
+            taught.tokenize(["a [V] bulldog"]), other.tokenize(["a ucd bulldog"])
+        )
         with pytest.raises(UserError, match=r"taught no \[v\].*dreambooth.py"):
             other.tokenize(["a [v] bulldog"])
 
@@ -101,11 +118,21 @@ def test_an_identifier_should_be_one_rare_token():
         check_identifier("sks", whole.config, tokenizer().encode("sks"))
         check_identifier("ohwx", whole.config, tokenizer().encode("ohwx"))
         check_identifier("phol", cut.config, tokenizer().encode("phol"))
-    for text, word, reason in ((whole, "zwx", "2 tokens"), (whole, "dog", "seen 'dog' meaning something"),
-                               (cut, "bulldog", "seen 'bulldog' meaning"), (whole, "mwf", "another subject called 'mwf'")):
+    for text, word, reason in (
+        (whole, "zwx", "2 tokens"),
+        (whole, "dog", "seen 'dog' meaning something"),
+        (cut, "bulldog", "seen 'bulldog' meaning"),
+        (whole, "mwf", "another subject called 'mwf'"),
+    ):
         with pytest.warns(UserWarning, match=reason) as caught:
             check_identifier(word, text.config, tokenizer().encode(word))
         assert len(caught) == 1 and "better ones are" in str(caught[0].message)
-    for text, word in ((cut, "ucd"), (whole, "two words"), (whole, ""), (whole, ","), (whole, "Größe")):
+    for text, word in (
+        (cut, "ucd"),
+        (whole, "two words"),
+        (whole, ""),
+        (whole, ","),
+        (whole, "Größe"),
+    ):
         with pytest.raises(UserError, match="knows no word"):
             check_identifier(word, text.config, tokenizer().encode(word))

@@ -1,6 +1,8 @@
-"""train.py: its losses against their formulas, and a run that is killed and resumed against one that is not."""
+"""train.py: killed runs against whole ones, what learns, its losses, and where settings stand."""
 import json
 import math
+import re
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -10,97 +12,198 @@ import layouts
 import toy_data
 import train
 from mvd import MVDream, diffusion
-from mvd.tools import run
-from mvd.tools.errors import UserError
-from mvd.tools.masters import learning_rate
 from mvd.model import PRESETS
-from scripts import killed_after, saved_model
+from mvd.tools import cli, run
+from mvd.tools.errors import UserError
+from mvd.tools.optimizer import learning_rate
+from mvd.tools.vocabulary import IDENTIFIERS
+from scripts import Killed, killed_after, saved_model, status
 from test_model import small_config
+
+# 4 steps of the autoencoder and 6 of the UNet, with pictures at 3, 4; 7, 10.
+SHORT = """--preset nano --device cpu --vae-steps 4 --steps 6 --batch 1 --vae-batch 4 --copies 1
+    --sample-every 3 --save-every 2""".split()
+
+
+def blank(self, prompts, views=4, **_):
+    """In place of MVDream.sample: white pictures."""
+    count = 1 if isinstance(prompts, str) else len(prompts)
+    return torch.ones(count, views, 3, 64, 64)
 
 
 @pytest.fixture
 def start(tmp_path, monkeypatch):
-    """start(out, flags) trains a model of a few thousand weights on two balls."""
-    toy_data.write(tmp_path / "data", size=64)
-    monkeypatch.setitem(PRESETS, "tiny", small_config())
+    """start(out, *flags) trains a nano model on two balls and returns the file of the result."""
+    toy_data.write(tmp_path / "data", size=64, views=8)
     monkeypatch.setattr(train, "LOG_EVERY", 1)
-    monkeypatch.setattr(MVDream, "sample", lambda self, prompts, views=4, **_: torch.zeros(len(prompts), views, 3, 64, 64))
+    monkeypatch.setattr(MVDream, "sample", blank)
 
     def start(out, *flags):
-        train.main(["--data", str(tmp_path / "data"), "--out", str(tmp_path / out), "--device", "cpu", "--vae-steps", "4",
-                    "--steps", "6", "--batch", "1", "--vae-batch", "4", "--copies", "1", "--sample-every", "3", "--save-every", "2",
-                    *flags])
+        places = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / out)]
+        train.main([*places, *SHORT, *flags])
         return (tmp_path / out / "model.safetensors").read_bytes()
+
     return start
-
-
-def test_a_killed_run_resumes_bit_for_bit(start, monkeypatch, tmp_path):
-    """Killed before any checkpoint, and in either phase."""
-    def steps(out):
-        return [row["step"] for row in run.read_log(tmp_path / out / "log.jsonl")]
-    whole = start("whole")
-    for killed_at in (1, 3, 7, 9):
-        out = f"killed at {killed_at}"
-        with killed_after(monkeypatch, lambda row: row["step"] == killed_at):
-            start(out)
-        if killed_at == 9:                                                       # the page is of the last pictures, and waits for more
-            page = (tmp_path / out / "index.html").read_text()
-            assert "7 of 10 steps" in page and "refresh" in page
-        assert start(out, "--resume") == whole and steps(out) == steps("whole")
-
-
-def test_the_result_is_a_model_that_knows_its_words(start, tmp_path):
-    start("run")
-    model = MVDream.load(tmp_path / "run" / "model.safetensors")
-    assert {"red", "blue", "ball", "3d", "asset", "sks"} <= set(model.config.text.words)
-    z = model.encode(torch.rand(8, 1, 3, 64, 64) * 2 - 1)
-    assert torch.isfinite(z).all() and model.config.vae.scale_factor != 1.0
-    page = (tmp_path / "run" / "index.html").read_text()
-    assert "10 of 10 steps" in page and page.count("<img") == 3 and "refresh" not in page       # samples, loss, autoencoder
-
-
-def test_from_stable_diffusion_only_the_unet_learns(start, tmp_path, monkeypatch):
-    """At step 0 it is Stable Diffusion (tests/test_checkpoint.py); afterwards the VAE and the text tower still are."""
-    released = {name: t for name, t in layouts.released_tensors().items() if "camera_embed" not in name}
-    torch.save(released, tmp_path / "sd.ckpt")
-    with pytest.warns(UserWarning, match="knows no cameras"):
-        before = MVDream.load(tmp_path / "sd.ckpt")
-        whole = start("run", "--init", str(tmp_path / "sd.ckpt"), "--vae-steps", "0")
-    model = MVDream.load(tmp_path / "run" / "model.safetensors")
-    assert model.config.size == 64 and model.config.vae.scale_factor == 0.18215 and not model.config.text.words
-    for part in ("vae", "text"):
-        old = getattr(before, part).state_dict()
-        assert all(torch.equal(t, old[name].half().float()) for name, t in getattr(model, part).state_dict().items())
-    moved = {name.split(".")[0] for name, t in model.unet.state_dict().items()
-             if not torch.equal(t, before.unet.state_dict()[name].half().float())}
-    assert moved >= {"camera_mlp", "encoder", "decoder"} and model.unet.camera_mlp[2].weight.abs().max() > 0
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert (config["vae_steps"], config["lr"], config["batch"]) == (0, 1e-5, 1)
-    assert {row["phase"] for row in run.read_log(tmp_path / "run" / "log.jsonl")} == {"unet"}
-
-    with pytest.warns(UserWarning, match="cameras"), killed_after(monkeypatch, lambda row: row["step"] == 3):
-        start("killed", "--init", str(tmp_path / "sd.ckpt"), "--vae-steps", "0")
-    with pytest.warns(UserWarning, match="cameras"):
-        assert start("killed", "--init", str(tmp_path / "sd.ckpt"), "--vae-steps", "0", "--resume") == whole
 
 
 @pytest.fixture
 def first(tmp_path):
-    """A model that knows the words of the two balls."""
+    """The file of a model that knows the words of the two balls."""
     config = small_config()
     config.text.words = tuple(sorted({*config.text.words, "ball", "blue"}))
     return saved_model(tmp_path, config)
 
 
-@pytest.mark.parametrize("steps, killed_at", [(0, 3), (6, 9)])
-def test_the_decoder_can_learn_without_the_encoder(start, first, tmp_path, monkeypatch, steps, killed_at):
-    """--init and --vae-steps: what makes the latents stays to the bit, with --steps 0 the UNet, too; and a killed run goes on."""
+def moved(before, after):
+    """The names of the tensors that changed. after: a model from a file in half precision."""
+    old = before.state_dict()
+    names = []
+    for name, tensor in after.state_dict().items():
+        if not torch.equal(tensor, old[name].half().float()):
+            names.append(name)
+    return names
+
+
+def one_line(main, capsys):
+    """What a script prints that ends with status 2 and one line."""
+    capsys.readouterr()
+    assert status(main) == 2
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith("reading:")]
+    assert len(lines) == 1, f"not one line: {error}"
+    assert lines[0].startswith("error:")
+    return lines[0]
+
+
+# ---- a run -----------------------------------------------------------------------------------
+
+def test_a_killed_run_resumes_bit_for_bit(start, monkeypatch, tmp_path):
+    """Killed before any checkpoint, and in either phase."""
+    def logged(out):
+        return [row["step"] for row in run.read_log(tmp_path / out / "log.jsonl")]
+
+    whole = start("whole")
+    for killed_at in (1, 3, 7, 9):
+        out = f"killed at {killed_at}"
+        with killed_after(monkeypatch, lambda row: row["step"] == killed_at):
+            start(out)
+        if killed_at == 9:
+            page = (tmp_path / out / "index.html").read_text()
+            assert "7 of 10 steps" in page, "the page is not of the last pictures"
+            assert "refresh" in page, "the page does not wait for more"
+        assert start(out, "--resume") == whole, f"{out}, the resumed run made something else"
+        assert logged(out) == logged("whole")
+
+
+def test_the_result_is_a_model_that_knows_its_words(start, tmp_path):
+    start("run")
+    model = MVDream.load(tmp_path / "run" / "model.safetensors")
+    known = set(model.config.text.words)
+    assert {"red", "blue", "ball", "3d", "asset", "sks"} <= known
+    z = model.encode(torch.rand(8, 1, 3, 64, 64) * 2 - 1)
+    assert torch.isfinite(z).all()
+    assert model.config.vae.scale_factor != 1.0
+    page = (tmp_path / "run" / "index.html").read_text()
+    assert "10 of 10 steps" in page
+    assert page.count("<img") == 2, "the page wants samples and the autoencoder's pictures"
+    assert page.count("<polyline") == 2, "the page wants a curve per loss"
+    assert "refresh" not in page, "the page waits for more, though the run has ended"
+
+
+def test_the_autoencoder_is_kept_when_its_phase_ends(start, monkeypatch, tmp_path):
+    """Killed in the second phase before its first checkpoint: the first is not done again."""
+    with killed_after(monkeypatch, lambda row: row["phase"] == "unet"):
+        start("killed", "--save-every", "3")
+    state = run.load_checkpoint(tmp_path / "killed" / run.CHECKPOINT)
+    assert (state["phase"], state["step"]) == ("vae", 4)
+
+
+def test_six_views_by_the_flag_alone(start, tmp_path, monkeypatch):
+    """The batches, their cameras and the pictures follow. The sets have 30 views."""
+    toy_data.write(tmp_path / "thirty", size=64, views=30)
+    batches, cameras, samples = set(), [], []
+    denoising_loss = diffusion.denoising_loss
+
+    def loss(unet, x0, context, camera=None):
+        if camera is not None:
+            cameras.append(camera.unflatten(2, (4, 4)))
+        mode = "2d" if camera is None else "3d"
+        batches.add((mode, *x0.shape[:2]))
+        return denoising_loss(unet, x0, context, camera)
+
+    def sample(self, prompts, views=4, **settings):
+        samples.append((settings.get("mode", "3d"), views))
+        return blank(self, prompts, views)
+
+    monkeypatch.setattr(diffusion, "denoising_loss", loss)
+    monkeypatch.setattr(MVDream, "sample", sample)
+    start("run", "--data", str(tmp_path / "thirty"), "--views", "6")
+    assert batches == {("3d", 1, 6), ("2d", 6, 1)}
+    for camera in cameras:
+        x, y = camera[..., 0, 3], camera[..., 1, 3]
+        azimuth = torch.rad2deg(torch.atan2(y, x))
+        apart = azimuth.diff(dim=1) % 360
+        torch.testing.assert_close(apart, torch.full((1, 5), 60.0), rtol=0, atol=0.01)
+    assert samples == [("3d", 6), ("2d", 1)] * 2
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["views"] == 6
+
+
+def test_sets_whose_views_cannot_be_divided(start, tmp_path, capsys):
+    error = one_line(lambda: start("run", "--views", "5"), capsys)
+    assert "a set has 8 views; the number must be divisible by 5" in error
+    assert not (tmp_path / "run").exists()
+
+
+# ---- starting from a model -------------------------------------------------------------------
+
+def test_from_stable_diffusion_only_the_unet_learns(start, tmp_path, monkeypatch):
+    """The VAE and the text tower stay; tests/test_checkpoint.py has what the start is."""
+    released = {}
+    for name, tensor in layouts.released_tensors().items():
+        if "camera_embed" not in name:
+            released[name] = tensor
+    torch.save(released, tmp_path / "sd.ckpt")
+    init = ["--init", str(tmp_path / "sd.ckpt"), "--vae-steps", "0"]
+    with pytest.warns(UserWarning, match="knows no cameras"):
+        before = MVDream.load(tmp_path / "sd.ckpt")
+        whole = start("run", *init)
+
+    model = MVDream.load(tmp_path / "run" / "model.safetensors")
+    assert model.config.size == 64
+    assert model.config.vae.scale_factor == 0.18215
+    assert not model.config.text.words
+    assert moved(before.vae, model.vae) == moved(before.text, model.text) == []
+    parts = {name.split(".")[0] for name in moved(before.unet, model.unet)}
+    assert parts >= {"camera_mlp", "encoder", "decoder"}
+    assert model.unet.camera_mlp[2].weight.abs().max() > 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["vae_steps"], config["lr"], config["batch"]) == (0, 1e-5, 1)
+    rows = run.read_log(tmp_path / "run" / "log.jsonl")
+    assert {row["phase"] for row in rows} == {"unet"}
+
+    with pytest.warns(UserWarning, match="cameras"):
+        with killed_after(monkeypatch, lambda row: row["step"] == 3):
+            start("killed", *init)
+    with pytest.warns(UserWarning, match="cameras"):
+        assert start("killed", *init, "--resume") == whole
+
+
+@pytest.mark.parametrize("steps", [0, 6])
+def test_the_decoder_can_learn_without_the_encoder(start, first, tmp_path, monkeypatch, steps):
+    """--init and --vae-steps: what makes the latents stays to the bit, and so does the text tower.
+
+    With --steps 0 the UNet stays, too. A killed run goes on.
+    """
     init = ["--init", str(first), "--vae-steps", "4", "--steps", str(steps), "--vae-lr", "0.01"]
     whole = start("run", *init)
-    before, after = MVDream.load(first).state_dict(), MVDream.load(tmp_path / "run").state_dict()
-    moved = {name.split(".")[0] if "unet" in name else ".".join(name.split(".")[:2]) for name in before
-             if not torch.equal(before[name].half(), after[name].half())}
-    assert moved == {"vae.decoder", "vae.post_quant_conv"} | ({"unet"} if steps else set())
+    before, after = MVDream.load(first), MVDream.load(tmp_path / "run")
+    assert bool(moved(before.unet, after.unet)) == bool(steps)
+    assert moved(before.text, after.text) == []
+    parts = {name.split(".")[0] for name in moved(before.vae, after.vae)}
+    assert parts == {"decoder", "post_quant_conv"}
+    killed_at = 9 if steps else 3
     with killed_after(monkeypatch, lambda row: row["step"] == killed_at):
         start("killed", *init)
     assert start("killed", *init, "--resume") == whole
@@ -115,71 +218,198 @@ def test_a_training_of_nothing_is_refused(start, tmp_path, flags):
 
 def test_a_decoder_alone_does_not_change_the_size_of_pictures(start, first, tmp_path):
     toy_data.write(tmp_path / "large", size=128)
-    start("run", "--data", str(tmp_path / "large"), "--init", str(first), "--vae-steps", "1", "--steps", "0", "--sample-every", "9")
+    places = ["--data", str(tmp_path / "large"), "--init", str(first)]
+    start("run", *places, "--vae-steps", "1", "--steps", "0", "--sample-every", "9")
     assert MVDream.load(tmp_path / "run").config.size == 64
 
 
 def test_pictures_of_another_size_than_the_model_draws(start, tmp_path):
     toy_data.write(tmp_path / "odd", size=40)
     with pytest.raises(UserError, match="pictures of 40 pixels, but this model needs 64"):
-        train.main(["--data", str(tmp_path / "odd"), "--out", str(tmp_path / "x"), "--device", "cpu"])
-    assert not (tmp_path / "x").exists()
+        start("run", "--data", str(tmp_path / "odd"))
+    assert not (tmp_path / "run").exists()
 
 
-def test_fit_is_adamw_with_an_average_of_the_weights(tmp_path, monkeypatch):
-    """Five steps of linear regression, written out in double precision (Loshchilov and Hutter 2019, algorithm 2)."""
+def test_a_new_model_knows_the_words_of_its_captions():
+    """And those of the suffix, and the identifiers; sorted, in lower case, without the comma."""
+    captions = [["A red ball", "ball, red"], ["a 4-door car"]]
+    images = [["a ball, blue"]]
+    model = train.new_model("nano", SimpleNamespace(set_captions=captions, image_captions=images))
+    words = {"a", "red", "ball", "4", "door", "car", "blue", "3d", "asset", *IDENTIFIERS}
+    assert model.config.text.words == tuple(sorted(words))
+    assert model.text.config.words == model.config.text.words
+    assert PRESETS["nano"].model.text.words == (), "the preset itself has learned words"
+
+
+# ---- settings --------------------------------------------------------------------------------
+
+def printed_defaults(text):
+    """{setting: its default, as --help prints it, "" if it prints none}."""
+    defaults = {}
+    for block in re.split(r"\n(?=  -)", text):
+        flag = re.match(r"  --([\w-]+)", block)
+        if flag:
+            default = re.search(r"\(default: (.*?)\)", " ".join(block.split()))
+            name = flag[1].replace("-", "_")
+            defaults[name] = default[1] if default else ""
+    return defaults
+
+
+def printed(value):
+    """A value as --help prints it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+@pytest.mark.parametrize("start_from", ["nano", "tiny", "--init"])
+def test_the_defaults_are_those_that_help_prints(first, tmp_path, monkeypatch, capsys, start_from):
+    """All of them, and config.json holds them; the run says which are not train.py's own."""
+    given = {"data": str(tmp_path / "data"), "out": str(tmp_path / "run"), "device": "cpu"}
+    if start_from == "--init":
+        given["init"] = str(first)
+        size, changes = 64, train.FROM_INIT
+    else:
+        given["preset"] = start_from
+        preset = PRESETS[start_from]
+        size, changes = preset.model.size, preset.train
+    toy_data.write(tmp_path / "data", size=size, views=8)
+    flags = []
+    for name, value in given.items():
+        flags += [f"--{name}", value]
+    expected = {**asdict(train.TrainSettings()), **changes}
+
+    with pytest.raises(SystemExit) as end:
+        train.main([*flags, "--help"])
+    assert end.value.code == 0
+    defaults = printed_defaults(capsys.readouterr().out)
+    assert defaults == {name: printed(value) for name, value in expected.items()}
+
+    def stop(*_):
+        raise Killed
+
+    monkeypatch.setattr(train, "fit", stop)
+    with pytest.raises(Killed):
+        train.main(flags)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config == {**expected, **given}
+    said = capsys.readouterr().out
+    for name, value in changes.items():
+        assert f"{cli.flag_of(name)} {printed(value)}" in said, f"the run hides {name}"
+
+
+def test_an_unknown_preset_is_one_line(start, tmp_path, capsys):
+    error = one_line(lambda: start("run", "--preset", "huge"), capsys)
+    assert "--preset" in error and "nano" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_in_the_presets_is_one_line(start, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(PRESETS["nano"].train, "stepz", 7)
+    error = one_line(lambda: start("run"), capsys)
+    assert "stepz" in error
+    assert '"nano"' in error and "presets.py" in error, "the line does not say where it stands"
+    assert not (tmp_path / "run").exists()
+
+
+# ---- the loop --------------------------------------------------------------------------------
+
+def fit_line(folder, sample_every):
+    """Five steps of linear regression, from the same start each time.
+
+    Returns (x [8, 3], y [8, 1], the weights [4] before, the layer after, {step: what the weights
+    were when pictures were drawn}).
+    """
     torch.manual_seed(0)
     layer, x, y = torch.nn.Linear(3, 1), torch.randn(8, 3), torch.randn(8, 1)
-    s = SimpleNamespace(seed=0, ema=0.5, sample_every=100, save_every=100)
-    w = torch.cat([p.detach().double().flatten() for p in layer.parameters()])
-    m, v, average = torch.zeros(4).double(), torch.zeros(4).double(), w.clone()
+    before = flat(layer)
+    shown = {}
+
+    def loss():
+        return ((layer(x) - y) ** 2).mean()
+
+    def show(step):
+        shown[step] = flat(layer)
+
+    phase = train.Phase(
+        name="vae", module=layer, losses={"loss": loss}, shares=[1.0], steps=5, peak_lr=0.1,
+        first=0, show=show,
+    )
+    s = train.TrainSettings(ema=0.5, sample_every=sample_every, save_every=100)
+    model = SimpleNamespace(device=torch.device("cpu"), vae=layer)
+    train.fit(phase, model, s, folder)
+    return x, y, before, layer, shown
+
+
+def flat(layer):
+    """The parameters in one tensor, float64."""
+    return torch.cat([p.detach().double().flatten() for p in layer.parameters()])
+
+
+def test_fit_is_adamw_with_an_average_of_the_weights(tmp_path):
+    """Written out in double precision (Loshchilov and Hutter 2019, algorithm 2)."""
+    x, y, w, layer, shown = fit_line(tmp_path, sample_every=4)
+    m, v = torch.zeros(2, 4).double()
+    average = w.clone()
     inputs = torch.cat([x, torch.ones(8, 1)], 1).double()
     for step in range(5):
         gradient = 2 * inputs.T @ (inputs @ w - y[:, 0].double()) / 8
-        gradient *= min(1.0, 1.0 / (gradient.norm().item() + 1e-6))
-        m, v = 0.9 * m + 0.1 * gradient, 0.99 * v + 0.01 * gradient ** 2
+        gradient = gradient * min(1.0, 1.0 / (gradient.norm().item() + 1e-6))
+        m = 0.9 * m + 0.1 * gradient
+        v = 0.99 * v + 0.01 * gradient**2
+        m_hat = m / (1 - 0.9 ** (step + 1))
+        v_hat = v / (1 - 0.99 ** (step + 1))
         rate = learning_rate(step, 5, 0.1)
-        w = (1 - rate * 0.01) * w - rate * (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.99 ** (step + 1))).sqrt() + 1e-8)
-        average += max(0.5, 9 / (10 + step)) * (w - average)
-    shown = []
-    model = SimpleNamespace(device=torch.device("cpu"), vae=layer)
-    train.fit("vae", model, layer, {"loss": lambda: ((layer(x) - y) ** 2).mean()}, [1.0], 0, 5, 0.1, s, tmp_path, None, shown.append)
-    found = torch.cat([p.detach().flatten() for p in layer.parameters()])
-    torch.testing.assert_close(found.double(), average, atol=1e-5, rtol=1e-5)
-    assert shown == [5] and not torch.allclose(average, w)
+        w = (1 - rate * 0.01) * w - rate * m_hat / (v_hat.sqrt() + 1e-8)
+        average = average + max(0.5, 9 / (10 + step)) * (w - average)
+    torch.testing.assert_close(flat(layer), average, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(average, w), "the average is not told from the weights"
+    assert list(shown) == [4, 5]
+    assert torch.equal(shown[5], flat(layer)), "pictures are not drawn with the average"
 
 
-def test_the_autoencoder_is_kept_when_its_phase_ends(start, monkeypatch, tmp_path):
-    """Killed in the second phase before its first checkpoint: the first phase is not done again."""
-    with killed_after(monkeypatch, lambda row: row["phase"] == "unet"):
-        start("killed", "--save-every", "3")
-    state = run.load_checkpoint(tmp_path / "killed" / "checkpoint.safetensors")
-    assert (state["phase"], state["step"]) == ("vae", 4)
+@pytest.mark.parametrize("sample_every, expected", [(2, [2, 4, 5]), (5, [5]), (6, [])])
+def test_a_run_shorter_than_sample_every_draws_nothing(tmp_path, sample_every, expected):
+    """A longer one draws at its end, too."""
+    *_, shown = fit_line(tmp_path, sample_every)
+    assert list(shown) == expected
 
+
+# ---- the losses ------------------------------------------------------------------------------
 
 def test_diffusion_loss_is_the_mean_squared_error_of_the_noise():
     torch.manual_seed(0)
     model = MVDream(small_config())
-    z, tokens, none = torch.randn(2, 4, 8, 8, 8), model.text.tokenize(["a red bulldog"] * 2), model.text.tokenize([""])
-    camera = torch.randn(2, 4, 16)
     model.config.vae.scale_factor = 0.5
+    z = torch.randn(2, 4, 8, 8, 8)
+    camera = torch.randn(2, 4, 16)
+    tokens = model.text.tokenize(["a red bulldog"] * 2)
+    none = model.text.tokenize([""])
     torch.manual_seed(7)
     loss = train.diffusion_loss(model, z, tokens, camera, none)
-    torch.manual_seed(7)                                                         # the same draws, in the same order
+
+    # The same draws, in the same order.
+    torch.manual_seed(7)
     tokens = torch.where(torch.rand(2, 1) < 0.1, none, tokens)
-    t, noise = torch.randint(1000, (2,)), torch.randn_like(z)
+    t = torch.randint(1000, (2,))
+    noise = torch.randn_like(z)
     abar = diffusion.alphas_cumprod()[t].view(2, 1, 1, 1, 1)
-    eps = model.unet(abar.sqrt() * 0.5 * z + (1 - abar).sqrt() * noise, t, model.text(tokens), camera)
+    x_t = abar.sqrt() * 0.5 * z + (1 - abar).sqrt() * noise
+    eps = model.unet(x_t, t, model.text(tokens), camera)
     torch.testing.assert_close(loss, ((eps - noise) ** 2).mean())
 
 
 def test_vae_loss_of_a_perfect_autoencoder_is_its_kl():
+    """The latents are N(0, 4), and the pictures come back as they were."""
+    images = torch.rand(2, 3, 8, 8)
+
     class Perfect:
         def encode(self, x):
             return torch.zeros(2, 1, 4, 4), torch.full((2, 1, 4, 4), math.log(4.0))
 
         def decode(self, z):
             return images
-    images = torch.rand(2, 3, 8, 8)
-    kl = 0.5 * (4 - 1 - math.log(4))                                             # of N(0, 4) from N(0, 1)
-    assert train.vae_loss(Perfect(), images).item() == pytest.approx(train.KL_WEIGHT * kl, rel=1e-4)
+
+    kl = 0.5 * (4 - 1 - math.log(4))  # of N(0, 4) from N(0, 1)
+    loss = train.vae_loss(Perfect(), images).item()
+    assert loss == pytest.approx(train.KL_WEIGHT * kl, rel=1e-4)

@@ -1,4 +1,5 @@
-"""The UNet against the released definition's numbers, and 3D attention against an explicit loop over views."""
+"""The UNet against the released definition's numbers, 3D attention against a loop over views."""
+
 import copy
 import json
 import math
@@ -13,12 +14,21 @@ from mvd.unet import MultiViewTransformer, MultiViewUNet, UNetConfig, time_embed
 from mvd.weights import convert
 
 DATA = Path(__file__).parent / "data"
-SMALL = UNetConfig(model_channels=64, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(1, 2), head_dim=32, context_dim=48)
+SMALL = UNetConfig(
+    model_channels=64,
+    channel_mult=(1, 2),
+    num_res_blocks=1,
+    attention_resolutions=(1, 2),
+    head_dim=32,
+    context_dim=48,
+)
 
 
 def named_tensor(name, shape):
     """The reference's weights: drawn from the tensor's own name."""
-    w = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+    w = torch.randn(
+        shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    )
     if len(shape) > 1:
         return w / math.sqrt(w[0].numel())
     return 1 + 0.1 * w if name.endswith("weight") else 0.1 * w
@@ -28,7 +38,9 @@ def named_tensor(name, shape):
 def unet():
     shapes = json.loads((DATA / "keys_unet_small.json").read_text())
     model = MultiViewUNet(SMALL)
-    model.load_state_dict(convert({name: named_tensor(name, shape) for name, shape in shapes.items()})["unet"])   # strict
+    model.load_state_dict(
+        convert({name: named_tensor(name, shape) for name, shape in shapes.items()})["unet"]
+    )  # strict
     return model.eval()
 
 
@@ -52,7 +64,9 @@ def test_2d_mode_agrees_with_the_released_model(unet, case):
 @torch.no_grad()
 def test_2d_mode_treats_every_view_alone(unet, case):
     together = unet(case["x"], case["t"], case["context"])
-    alone = torch.cat([unet(case["x"][:, i:i + 1], case["t"], case["context"]) for i in range(4)], 1)
+    alone = torch.cat(
+        [unet(case["x"][:, i : i + 1], case["t"], case["context"]) for i in range(4)], 1
+    )
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
@@ -60,20 +74,38 @@ def test_2d_mode_treats_every_view_alone(unet, case):
 def test_views_may_be_permuted_with_their_cameras(unet, case):
     order = [2, 0, 3, 1]
     out = unet(case["x"][:, order], case["t"], case["context"], case["camera"][:, order])
-    torch.testing.assert_close(out, unet(case["x"], case["t"], case["context"], case["camera"])[:, order], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        out,
+        unet(case["x"], case["t"], case["context"], case["camera"])[:, order],
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 def brute_force_attention(attention, queries, context):
-    """softmax(q k^T / sqrt(d)) v in float64, one head and one query at a time: queries [L, C], context [M, D]."""
+    """softmax(q kᵀ / sqrt(d)) v in float64, one head and one query at a time.
+
+    queries [L, C], context [M, D] -> [L, C].
+    """
     out = torch.zeros(queries.shape, dtype=torch.float64)
     d = queries.shape[1] // attention.heads
-    q, k, v = (x.double() @ layer.weight.double().T for x, layer in
-               ((queries, attention.to_q), (context, attention.to_k), (context, attention.to_v)))
+    q, k, v = (
+        x.double() @ layer.weight.double().T
+        for x, layer in (
+            (queries, attention.to_q),
+            (context, attention.to_k),
+            (context, attention.to_v),
+        )
+    )
     for head in range(attention.heads):
         part = slice(head * d, (head + 1) * d)
         for i in range(len(queries)):
-            score = torch.stack([(q[i, part] * k[j, part]).sum() for j in range(len(context))]) / math.sqrt(d)
-            out[i, part] = (torch.exp(score - score.max()) / torch.exp(score - score.max()).sum()) @ v[:, part]
+            score = torch.stack(
+                [(q[i, part] * k[j, part]).sum() for j in range(len(context))]
+            ) / math.sqrt(d)
+            out[i, part] = (
+                torch.exp(score - score.max()) / torch.exp(score - score.max()).sum()
+            ) @ v[:, part]
     return out @ attention.to_out.weight.double().T + attention.to_out.bias.double()
 
 
@@ -88,17 +120,38 @@ def test_3d_attention_against_a_loop_over_views(across):
     x, context = torch.randn(sets * views, width, 2, 2), torch.randn(sets, 5, 16)
     out = block(x, context, views, across)
 
-    tokens = block.proj_in(block.norm(x).flatten(2).transpose(1, 2)).unflatten(0, (sets, views)).double()    # [B, V, L, C]
+    tokens = (
+        block.proj_in(block.norm(x).flatten(2).transpose(1, 2))
+        .unflatten(0, (sets, views))
+        .double()
+    )  # [B, V, L, C]
     for b in range(sets):
         normed = block.norm1.double()(tokens[b])
         seen = [normed.flatten(0, 1) if across else normed[v] for v in range(views)]
-        tokens[b] += torch.stack([brute_force_attention(block.self_attention, normed[v], seen[v]) for v in range(views)])
+        tokens[b] += torch.stack(
+            [
+                brute_force_attention(block.self_attention, normed[v], seen[v])
+                for v in range(views)
+            ]
+        )
         normed = block.norm2.double()(tokens[b])
-        tokens[b] += torch.stack([brute_force_attention(block.cross_attention, normed[v], context[b]) for v in range(views)])
-    hidden = block.norm3.double()(tokens) @ block.feed_in.weight.double().T + block.feed_in.bias.double()
-    value, gate = hidden[..., :4 * width], hidden[..., 4 * width:]
+        tokens[b] += torch.stack(
+            [
+                brute_force_attention(block.cross_attention, normed[v], context[b])
+                for v in range(views)
+            ]
+        )
+    hidden = (
+        block.norm3.double()(tokens) @ block.feed_in.weight.double().T
+        + block.feed_in.bias.double()
+    )
+    value, gate = hidden[..., : 4 * width], hidden[..., 4 * width :]
     gelu = gate * 0.5 * (1 + torch.erf(gate / math.sqrt(2)))
-    tokens = tokens + (value * gelu) @ block.feed_out.weight.double().T + block.feed_out.bias.double()
+    tokens = (
+        tokens
+        + (value * gelu) @ block.feed_out.weight.double().T
+        + block.feed_out.bias.double()
+    )
     tokens = tokens @ block.proj_out.weight.double().T + block.proj_out.bias.double()
     expected = x.double() + tokens.flatten(0, 1).transpose(1, 2).reshape(x.shape)
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
@@ -106,8 +159,12 @@ def test_3d_attention_against_a_loop_over_views(across):
 
 def test_time_embedding_against_the_released_numbers():
     reference = load_file(DATA / "schedule.safetensors")
-    torch.testing.assert_close(time_embedding(reference["time_embedding_t"], 320), reference["time_embedding_320"],
-                               rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        time_embedding(reference["time_embedding_t"], 320),
+        reference["time_embedding_320"],
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
 def test_the_camera_changes_only_the_3d_mode(unet, case):
@@ -131,6 +188,9 @@ def test_in_bfloat16_the_residual_stream_is_float32(unet, case):
     for block in (*rounded.encoder, *rounded.middle, *rounded.decoder):
         block.register_forward_hook(lambda module, given, out: streams.append(out.dtype))
     streams = []
-    exact, out = (model(case["x"], case["t"], case["context"], case["camera"]) for model in (unet, rounded))
+    exact, out = (
+        model(case["x"], case["t"], case["context"], case["camera"])
+        for model in (unet, rounded)
+    )
     assert out.dtype == torch.bfloat16 and set(streams) == {torch.float32}
     assert (out.float() - exact).norm() / exact.norm() < 0.02

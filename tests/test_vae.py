@@ -1,4 +1,5 @@
-"""The autoencoder against numbers from the published definition, and against properties that its layers must have."""
+"""The autoencoder against the published definition's numbers, and properties of its layers."""
+
 import json
 import math
 import re
@@ -18,16 +19,26 @@ SMALL = VAEConfig(channels=32, channel_mult=(1, 2, 2), num_res_blocks=1)
 def ours(ldm_name):
     """The published names and ours differ in these words."""
     name = ldm_name.removeprefix("first_stage_model.")
-    name = name.replace(".block.", ".blocks.").replace("nin_shortcut", "shortcut").replace("sample.conv.", "sample.")
-    name = name.replace("mid.block_1", "middle.0").replace("mid.attn_1", "middle.1").replace("mid.block_2", "middle.2")
+    name = (
+        name.replace(".block.", ".blocks.")
+        .replace("nin_shortcut", "shortcut")
+        .replace("sample.conv.", "sample.")
+    )
+    name = (
+        name.replace("mid.block_1", "middle.0")
+        .replace("mid.attn_1", "middle.1")
+        .replace("mid.block_2", "middle.2")
+    )
     for short, long in {"q": "query", "k": "key", "v": "value", "proj_out": "out"}.items():
         name = re.sub(rf"middle\.1\.{short}\.", f"middle.1.{long}.", name)
     return name
 
 
 def weight_from_name(name, shape):
-    """The reference draws every weight from its name, so that only inputs and outputs need storing."""
-    w = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+    """The reference draws every weight from its name: only inputs and outputs are stored."""
+    w = torch.randn(
+        shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    )
     if len(shape) > 1:
         return w / math.sqrt(w[0].numel())
     return 1 + 0.1 * w if name.endswith("weight") else 0.1 * w
@@ -37,7 +48,9 @@ def weight_from_name(name, shape):
 def vae():
     shapes = json.loads((DATA / "keys_vae_small.json").read_text())
     model = VAE(SMALL).eval()
-    model.load_state_dict({ours(name): weight_from_name(name, shape) for name, shape in shapes.items()})    # strict
+    model.load_state_dict(
+        {ours(name): weight_from_name(name, shape) for name, shape in shapes.items()}
+    )  # strict
     return model
 
 
@@ -67,21 +80,31 @@ def test_channels_last_changes_nothing(vae, case):
     again = VAE(SMALL).eval()
     again.load_state_dict(vae.state_dict())
     again = again.to(memory_format=torch.channels_last)
-    assert relative(again.encode(case["image"].contiguous(memory_format=torch.channels_last))[0], mean) < 1e-5
+    assert (
+        relative(
+            again.encode(case["image"].contiguous(memory_format=torch.channels_last))[0],
+            mean,
+        )
+        < 1e-5
+    )
 
 
 @torch.no_grad()
 def test_attention_is_the_textbook_formula(vae, case):
     block, x = vae.encoder.middle[1].double(), torch.randn(1, 64, 3, 5, dtype=torch.float64)
     groups = x.view(1, 32, 2, 15)
-    hidden = (groups - groups.mean((2, 3), keepdim=True)) / (groups.var((2, 3), unbiased=False, keepdim=True) + 1e-6).sqrt()
+    hidden = (groups - groups.mean((2, 3), keepdim=True)) / (
+        groups.var((2, 3), unbiased=False, keepdim=True) + 1e-6
+    ).sqrt()
     hidden = hidden.view(64, 15) * block.norm.weight[:, None] + block.norm.bias[:, None]
 
     def linear(layer, h):
         return layer.weight[:, :, 0, 0] @ h + layer.bias[:, None]
 
-    query, key, value = (linear(layer, hidden) for layer in (block.query, block.key, block.value))          # [C, pixels]
-    attended = value @ torch.softmax(query.T @ key / 64 ** 0.5, 1).T
+    query, key, value = (
+        linear(layer, hidden) for layer in (block.query, block.key, block.value)
+    )  # [C, pixels]
+    attended = value @ torch.softmax(query.T @ key / 64**0.5, 1).T
     expected = x + linear(block.out, attended).view(1, 64, 3, 5)
     assert torch.allclose(block(x), expected, atol=1e-12)
     block.float()
@@ -98,7 +121,9 @@ def test_log_variance_is_clamped(vae):
 
 
 def test_any_width_and_size():
-    model = VAE(VAEConfig(channels=32, channel_mult=(2, 1, 1, 3), num_res_blocks=2, z_channels=7))
+    model = VAE(
+        VAEConfig(channels=32, channel_mult=(2, 1, 1, 3), num_res_blocks=2, z_channels=7)
+    )
     image = torch.randn(2, 3, 16, 24, requires_grad=True)
     mean, logvar = model.encode(image)
     assert mean.shape == logvar.shape == (2, 7, 2, 3)

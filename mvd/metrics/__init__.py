@@ -1,2 +1,45 @@
-"""Does it show what was asked for, from every side? `judge` by the toy world, `clip` by CLIP; `identity`: is it this subject?"""
-from .judge import *  # noqa: F401, F403
+"""Do pictures show what was asked for, from every side?
+
+    things.py       the captions that are asked for, and those they could be confused with
+    candidates.py   renders of what pictures could show, and how far pictures are from them
+    judge.py        R-precision, view accuracy, Janus rate, variety
+    command.py      python -m mvd.metrics: judges samples and runs
+    clip.py         the same question for any prompt, asked of CLIP
+    identity.py     python -m mvd.metrics.identity: does DreamBooth's result show its subject?
+"""
+from .candidates import (
+    SAMPLED,
+    Cameras,
+    cut_out,
+    real_views,
+    squared_error,
+)
+from .command import main, read_run
+from .judge import (
+    judge_sets,
+    name_colours,
+    report_line,
+    sides_and_janus,
+    summary,
+    variety,
+)
+from .things import distractors, draw_things, read_prompt
+
+__all__ = [
+    "SAMPLED",
+    "Cameras",
+    "cut_out",
+    "distractors",
+    "draw_things",
+    "judge_sets",
+    "main",
+    "name_colours",
+    "read_prompt",
+    "read_run",
+    "real_views",
+    "report_line",
+    "sides_and_janus",
+    "squared_error",
+    "summary",
+    "variety",
+]

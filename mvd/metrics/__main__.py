@@ -1,6 +1,6 @@
-"""python -m mvd.metrics: the command of `judge`."""
+"""python -m mvd.metrics: see command.py."""
 from ..tools import cli
-from .judge import main
+from .command import main
 
 if __name__ == "__main__":
     cli.main(main)

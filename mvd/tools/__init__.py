@@ -1,1 +1,5 @@
-"""What every script needs and no paper mentions: command line, run folder, pictures, device, files."""
+"""What every script needs and no paper mentions.
+
+The command line, the run folder and its page, pictures, files, checkpoints of models, photos,
+the device, the optimizer, and the words that a model knows.
+"""

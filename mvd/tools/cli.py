@@ -1,9 +1,15 @@
-"""The command line: flags from a dataclass, mistakes of the user in one line with exit status 2, Ctrl-C between two steps."""
+"""The command line: flags from a dataclass, a user's mistake in one line, Ctrl-C between two steps.
+
+A script's settings are the fields of one dataclass. Where a model changes a script's defaults
+(`presets.py`), the flags that name the model are read first, so that `--help` shows, and a run
+prints, what will run.
+"""
 import argparse
 import contextlib
 import dataclasses
 import errno
 import math
+import shlex
 import signal
 import sys
 import threading
@@ -15,100 +21,221 @@ import torch
 from .device import keep_memory
 from .errors import UserError
 
+# What stands in the usage for a value.
+METAVARS = {int: "N", float: "X", str: "TEXT"}
+# How a complaint calls a value.
+KINDS = {int: "whole number", float: "number", str: "text"}
+
 
 class Parser(argparse.ArgumentParser):
     """argparse whose complaint is one line."""
 
     def error(self, message):
-        hint = "put a text of several words in quotes, or see --help" if "unrecognized" in message else "see --help"
+        hint = "see --help"
+        if "unrecognized" in message:
+            hint = "put a text of several words in quotes, or see --help"
         self.exit(2, f"error: {' '.join(message.split())}; {hint}\n")
 
 
-def parse(cls, argv=None, description=None, defaults=None):
-    """An instance of the dataclass `cls`, filled from the command line: `learning_rate: float` becomes --learning-rate.
+# ---- flags from a dataclass ------------------------------------------------------------------
 
-    Types: str, int, float, bool (--flag, --no-flag), or Optional of one. field(metadata=...): "help": one line;
-    "positional": True; "choices": [...]; "min", "max": bounds, included. defaults: {field: value} instead of the
-    dataclass's own; one of another name is left out with a warning. A mistake ends in one line on stderr and exit status 2.
+def setting(default=dataclasses.MISSING, help="", **rules):
+    """A field of a script's settings: its default (none: it must be given), one line of help.
+
+    rules: positional=True; choices=(...); min=, max= (bounds, included).
     """
-    known = {f.name for f in dataclasses.fields(cls)}
-    for name in sorted(set(defaults or {}) - known):
-        warnings.warn(f"the model's header asks for {name} = {defaults[name]!r}, which this version does not know: left out", stacklevel=2)
-    defaults = {**{f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING},
-                **{name: value for name, value in (defaults or {}).items() if name in known}}
-    parser = Parser(description=description, allow_abbrev=False)
+    return dataclasses.field(default=default, metadata={"help": help, **rules})
+
+
+def parse(cls, argv=None, description=None, defaults=None):
+    """An instance of the dataclass `cls`, filled from the command line.
+
+    A field `learning_rate: float` becomes --learning-rate. Types: str, int, float, bool (--flag,
+    --no-flag), or one of them or None. defaults(flags) -> (where they stand, {field: value}): what
+    replaces the dataclass's own defaults, given the texts of the flags so far. A mistake ends in
+    one line on stderr and exit status 2.
+    """
+    values = own_defaults(cls)
+    if defaults:
+        values.update(known_settings(cls, *defaults(peek(cls, argv))))
+    parser = Parser(
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     types = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        kind = next(t for t in typing.get_args(types[field.name]) or [types[field.name]] if t is not type(None))
-        flag = "--" + field.name.replace("_", "-")
-        required, default = field.name not in defaults, defaults.get(field.name)
-        text = field.metadata["help"]
-        if default is not None and default != "":
-            text += f" (default: {('off', 'on')[default] if kind is bool else default})"
-        text = text.replace("%", "%%")
-        if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, required=required,
-                                default=argparse.SUPPRESS, help=text)
+        add_flag(parser, field, plain_type(types[field.name]), values)
+    return cls(**{**values, **vars(parser.parse_args(argv))})
+
+
+def own_defaults(cls):
+    """{field: default} of a dataclass, without the fields that must be given."""
+    fields = dataclasses.fields(cls)
+    return {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+
+
+def known_settings(cls, place, changes):
+    """The changes of a preset, checked against the fields. Raises UserError for another name."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    unknown = sorted(changes.keys() - names)
+    if unknown:
+        raise UserError(f"{place} sets {unknown[0]}, which this script does not have")
+    return changes
+
+
+def peek(cls, argv):
+    """The texts that the command line gives for text flags such as --model, or their defaults."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    types = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if field.metadata.get("positional") or plain_type(types[field.name]) is not str:
             continue
-        choices = field.metadata.get("choices")
-        options = dict(type=_value(kind, field.metadata), choices=choices, help=text)
-        if not choices:
-            options["metavar"] = {int: "N", float: "X", str: "TEXT"}[kind]
-        if field.metadata.get("positional"):
-            options["metavar"] = field.name.replace("_", "-")
-            if not required:
-                options.update(nargs="?", default=default)
-            parser.add_argument(field.name, **options)
-        else:
-            parser.add_argument(flag, required=required, default=argparse.SUPPRESS, **options)
-    return cls(**{**defaults, **vars(parser.parse_args(argv))})
+        missing = field.default is dataclasses.MISSING
+        parser.add_argument(flag_of(field.name), default=None if missing else field.default)
+    return parser.parse_known_args(argv)[0]
 
 
-def _value(kind, metadata):
-    """str -> a finite `kind` within the bounds; argparse turns what it raises into a line that names the flag."""
-    low, high = metadata.get("min", -math.inf), metadata.get("max", math.inf)
+def plain_type(hint):
+    """float | None -> float; a plain type is itself."""
+    options = [option for option in typing.get_args(hint) if option is not type(None)]
+    return options[0] if options else hint
+
+
+def flag_of(name):
+    """learning_rate -> --learning-rate."""
+    return "--" + name.replace("_", "-")
+
+
+def add_flag(parser, field, kind, values):
+    """Add one field to the parser. values: {field: default} of all that need not be given."""
+    required, default = field.name not in values, values.get(field.name)
+    text = field.metadata["help"]
+    if default is not None and default != "":
+        text += f" (default: {show(default)})"
+    text = text.replace("%", "%%")
+    if kind is bool:
+        action = argparse.BooleanOptionalAction
+        parser.add_argument(
+            flag_of(field.name), action=action, required=required, default=argparse.SUPPRESS,
+            help=text
+        )
+        return
+    choices = field.metadata.get("choices")
+    options = dict(type=converter(kind, field.metadata), choices=choices, help=text)
+    if not choices:
+        options["metavar"] = METAVARS[kind]
+    if field.metadata.get("positional"):
+        options["metavar"] = field.name.replace("_", "-")
+        if not required:
+            options.update(nargs="?", default=default)
+        parser.add_argument(field.name, **options)
+    else:
+        parser.add_argument(
+            flag_of(field.name), required=required, default=argparse.SUPPRESS, **options
+        )
+
+
+def converter(kind, rules):
+    """text -> a finite `kind` within the bounds; argparse names the flag in what it raises."""
+    low, high = rules.get("min", -math.inf), rules.get("max", math.inf)
 
     def convert(text):
         value = kind(text)
         if kind is not str and not (low <= value <= high and math.isfinite(value)):
-            bounds = [f"at least {low}"] * (low > -math.inf) + [f"at most {high}"] * (high < math.inf)
-            raise argparse.ArgumentTypeError(f"must be {' and '.join(bounds) or 'finite'}, not {text}")
+            bounds = []
+            if low > -math.inf:
+                bounds.append(f"at least {low}")
+            if high < math.inf:
+                bounds.append(f"at most {high}")
+            wanted = " and ".join(bounds) or "finite"
+            raise argparse.ArgumentTypeError(f"must be {wanted}, not {text}")
         return value
-    convert.__name__ = {int: "whole number", float: "number", str: "text"}[kind]
+
+    convert.__name__ = KINDS[kind]
     return convert
 
 
+def show(value):
+    """A setting as --help prints it: numbers with four digits, on and off."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def print_changes(settings, defaults=None):
+    """Print each setting that is not the script's own default, and where it comes from.
+
+    settings: what `parse` returned. defaults: as for `parse`.
+    """
+    own = own_defaults(type(settings))
+    place, changes = defaults(settings) if defaults else ("", {})
+    from_preset, from_flags = [], []
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if field.name in own and value != own[field.name]:
+            known = field.name in changes and value == changes[field.name]
+            (from_preset if known else from_flags).append(as_flag(field.name, value))
+    for source, flags in ((place, from_preset), ("the command line", from_flags)):
+        if flags:
+            print(f"settings from {source}: {' '.join(flags)}")
+
+
+def as_flag(name, value):
+    """A setting as one would type it: --steps 40, --no-shading, --suffix ', 3d asset'."""
+    if isinstance(value, bool):
+        return flag_of(name) if value else flag_of(f"no_{name}")
+    return f"{flag_of(name)} {shlex.quote(str(value))}"
+
+
+# ---- how a script ends -----------------------------------------------------------------------
+
 def main(function):
-    """Calls function(); what the user can mend ends in one line on stderr and exit status 2, a bug in its traceback.
-    A warning is one line, too, without the place in our source."""
+    """Call function(). User errors are printed in one line, with exit status 2.
+
+    A bug of ours keeps its traceback. A warning is one line, too, without the place in our source.
+    """
     def fail(line):
         print("error:", " ".join(line.split()), file=sys.stderr)
         sys.exit(2)
-    warnings.showwarning = lambda message, *_, **__: print("warning:", " ".join(str(message).split()), file=sys.stderr)
+
+    def show_warning(message, *_, **__):
+        print("warning:", " ".join(str(message).split()), file=sys.stderr)
+
+    warnings.showwarning = show_warning
     keep_memory()
     try:
         function()
     except UserError as error:
         fail(str(error))
     except torch.cuda.OutOfMemoryError:
-        fail("the GPU has no memory left; close other programs that use it, or use --device cpu or smaller settings")
+        fail(
+            "the GPU has no memory left; close other programs that use it, "
+            "or use --device cpu or smaller settings"
+        )
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        fail("no space left on the disk; free some, then run again (with --resume if there is a checkpoint)")
+        fail(
+            "no space left on the disk; free some, "
+            "then run again (with --resume if there is a checkpoint)"
+        )
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 @contextlib.contextmanager
 def interrupt_flag():
-    """Within this context Ctrl-C sets the event that it gives, so that a loop can end between two steps; a second Ctrl-C is the
-    usual one. Afterwards Ctrl-C does what it did before."""
+    """Within this context Ctrl-C sets the event that it gives, so a loop can end between two steps.
+
+    A second Ctrl-C interrupts as usual. Afterwards Ctrl-C does what it did before.
+    """
     event, before = threading.Event(), signal.getsignal(signal.SIGINT)
 
     def on_interrupt(*_):
         event.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
     signal.signal(signal.SIGINT, on_interrupt)
     try:
         yield event

@@ -1,4 +1,4 @@
-"""Where the work runs: the device, its number format, its random numbers, and steps captured as CUDA graphs."""
+"""Where the work runs: device, number format, random numbers, steps captured as CUDA graphs."""
 import contextlib
 import ctypes
 import functools
@@ -13,37 +13,56 @@ import torch
 
 from .errors import UserError
 
+# ---- device and number format --------------------------------------------------------------
+
 
 def choose_device(name):
-    """"auto" -> the best there is; else "cpu", "cuda", "cuda:1", "mps". Raises UserError if it is not there."""
-    there = [*(f"cuda:{i}" for i in range(torch.cuda.device_count())), *["mps"] * torch.backends.mps.is_available(), "cpu"]
-    name = there[0] if name == "auto" else name
-    name = f"{name}:0" if f"{name}:0" in there else name                         # CUDA wants to know which
-    if name not in there:
-        raise UserError(f"there is no device {name!r} here; there is: {', '.join(there)}")
+    """Returns the torch.device of that name: "cpu", "cuda", "cuda:1", "mps".
+
+    "auto" is the best one available. Raises UserError if the device is not available.
+    """
+    available = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        available.append("mps")
+    available.append("cpu")
+    if name == "auto":
+        name = available[0]
+    # CUDA needs to know which one.
+    if f"{name}:0" in available:
+        name = f"{name}:0"
+    if name not in available:
+        raise UserError(f"there is no device {name!r} here; there is: {', '.join(available)}")
     device = torch.device(name)
     if device.type == "cuda":
-        torch.cuda.set_device(device)                                            # its generator is the one that is saved
+        # The current device's generator is the one that `random_state` saves.
+        torch.cuda.set_device(device)
     return device
 
 
 def choose_dtype(name, device):
-    """"auto" -> bfloat16 on CUDA, else float32; or the dtype of that name."""
-    return getattr(torch, name if name != "auto" else "bfloat16" if device.type == "cuda" else "float32")
+    """Returns the torch.dtype of that name; "auto" is bfloat16 on CUDA, else float32."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    return getattr(torch, name)
 
 
-def tune(tf32):
-    """For steps whose shapes never change, on CUDA: cuDNN may try its algorithms. tf32: matrix products that are left in float32, such
-    as the field's, may round to TF32."""
+def tune_cuda(tf32):
+    """Makes CUDA faster for steps whose shapes never change: cuDNN may try its algorithms.
+
+    tf32: float32 matrix products, such as the field's, may round their inputs to TF32.
+    """
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
 
 
 @contextlib.contextmanager
-def untuned():
-    """Within this context cuDNN tries no algorithms, whatever `tune` has said: for what runs once and is large, since some of them take
-    tens of gigabytes for that."""
-    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+def without_cudnn_search():
+    """Within this context cuDNN tries no algorithms, even after `tune_cuda`.
+
+    For what runs once and is large: some algorithms take tens of gigabytes when they are tried.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
     try:
         yield
     finally:
@@ -51,84 +70,127 @@ def untuned():
 
 
 def can_compile(device):
-    """Whether torch.compile works here: on CUDA, with Triton, and what Triton needs, a C compiler and Python's header files."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (7, 0) or not importlib.util.find_spec("triton"):
+    """Returns whether torch.compile works here: on CUDA, with Triton and what Triton needs.
+
+    Triton needs a C compiler and Python's header files.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (7, 0):
+        return False
+    if not importlib.util.find_spec("triton"):
         return False
     compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
-    return any(map(shutil.which, compilers)) and any(
-        Path(sysconfig.get_path("include", scheme), "Python.h").exists() for scheme in (sysconfig.get_default_scheme(), "posix_prefix"))
+    if not any(map(shutil.which, compilers)):
+        return False
+    schemes = (sysconfig.get_default_scheme(), "posix_prefix")
+    folders = [sysconfig.get_path("include", scheme) for scheme in schemes]
+    return any(Path(folder, "Python.h").exists() for folder in folders)
+
+
+def keep_memory():
+    """Tells the C library to keep freed memory instead of returning it to the system.
+
+    Otherwise it returns memory after every operation, and the page faults of asking for it
+    again are half of the field's time on a CPU. Does nothing without glibc (that is, off Linux).
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        mmap_threshold, trim_threshold = -3, -1
+        # Use the heap up to 1 GiB, and do not shrink it.
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, 2 ** 31 - 1)
+
+# ---- what a checkpoint saves and restores --------------------------------------------------
 
 
 def random_state():
-    """The state of PyTorch's own generators, of the CPU and of CUDA if there is one, to be saved in a checkpoint."""
-    return {"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})}
+    """Returns the states of PyTorch's generators, of the CPU and of CUDA if there is one."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
 
 
 def set_random_state(state):
-    """Go on where `random_state` was taken."""
+    """Continues the random numbers from a `random_state`."""
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
 
 
 def load_optimizer(optimizer, state):
-    """Give an optimizer its state_dict back. The settings, some of which are the device's, stay this one's: it may be another."""
-    optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
+    """Restores an optimizer from its state_dict, except for its settings.
 
+    Some settings belong to the device (capturable), which may be another one now.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({**state, "param_groups": groups})
 
-EAGER_CALLS = 3                                  # of a GraphedStep, before it is captured
+# ---- CUDA graphs ---------------------------------------------------------------------------
+
+# So many calls of a GraphedStep run eagerly before it is captured.
+EAGER_CALLS = 3
 
 
 class GraphedStep:
-    """A step (a function of tensors that trains or predicts, and returns a tensor or None) whose launches cost nothing.
+    """A step that is captured as a CUDA graph, so that launching its kernels costs nothing.
 
-    On CUDA the first EAGER_CALLS calls run as they are, as the allocator, the compiler and the optimizer's state need; then the step is
-    captured as a CUDA graph, and every later call copies its arguments to where the graph reads them, replays it, and returns the same
-    tensor with new numbers; the step's Python runs no more. It must keep its shapes and never wait for the device. Elsewhere: just the
-    step. Call it within `side_stream`, since the default stream cannot be captured.
+    step: a function of tensors that trains or predicts, and returns a tensor or None. Its
+    shapes must not change, and it must never wait for the device.
+
+    On CUDA the first EAGER_CALLS calls run eagerly, as the allocator, the compiler and the
+    optimizer's state need. Then the step is captured. From then on a call copies its arguments
+    to where the graph reads them, replays the graph, and returns the same tensor with new
+    numbers; the step's Python code does not run any more. On other devices every call runs the
+    step itself. Call it within `side_stream`, since the default stream cannot be captured.
     """
 
     def __init__(self, step, device):
-        self.step, self.calls, self.cuda, self.graph = step, 0, device.type == "cuda", None
+        self.step = step
+        self.cuda = device.type == "cuda"
+        self.calls = 0
+        self.graph = None
 
     def __call__(self, *arguments):
         self.calls += 1
         if not self.cuda or self.calls <= EAGER_CALLS:
             return self.step(*arguments)
         if self.graph is None:
-            self.graph, self.inputs = torch.cuda.CUDAGraph(), [argument.clone() for argument in arguments]
-            with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
-                self.result = self.step(*self.inputs)
+            self.capture(arguments)
         for read, given in zip(self.inputs, arguments):
             read.copy_(given)
         self.graph.replay()
         return self.result
 
+    def capture(self, arguments):
+        self.inputs = [argument.clone() for argument in arguments]
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
+            self.result = self.step(*self.inputs)
+
 
 @functools.cache
-def own_stream(device):
-    """The stream of `side_stream`. There is one a device, since cuBLAS keeps a workspace for every stream that it has seen."""
+def stream_of(device):
+    """Returns the stream of `side_stream`.
+
+    There is one per device, since cuBLAS keeps a workspace for every stream that it has seen.
+    """
     return torch.cuda.Stream(device)
 
 
 @contextlib.contextmanager
 def side_stream(device):
-    """On CUDA, work within this context runs on a stream of its own: after all that came before, and before all that follows."""
+    """On CUDA, work within this context runs on a stream of its own.
+
+    It runs after all work that was launched before, and before all that is launched later.
+    """
     if device.type != "cuda":
         yield
         return
-    stream, before = own_stream(device), torch.cuda.current_stream(device)
+    stream = stream_of(device)
+    before = torch.cuda.current_stream(device)
     stream.wait_stream(before)
     with torch.cuda.stream(stream):
         yield
     before.wait_stream(stream)
-
-
-def keep_memory():
-    """Tell the C library (glibc, so Linux) to keep freed memory instead of giving it back to the system after every operation: the
-    page faults of asking for it again are half of the field's time on a CPU. Elsewhere: nothing happens."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(-3, 1 << 30)                                            # M_MMAP_THRESHOLD: use the heap up to 1 GiB
-            libc.mallopt(-1, 2 ** 31 - 1)                                        # M_TRIM_THRESHOLD: do not shrink it

@@ -1,8 +1,9 @@
-"""The one exception that stands for a mistake by the user."""
+"""The exception for a mistake that the user can mend."""
 
 
 class UserError(Exception):
-    """Something the user can mend: its message is one line that says what is wrong and what to do.
+    """Its message is one line that says what is wrong and what to do.
 
-    The scripts print it after "error:" and exit with status 2; any other exception is a bug of ours and keeps its traceback.
+    The scripts print it after "error:" and exit with status 2. Any other exception is a bug of
+    ours and keeps its traceback.
     """

@@ -1,174 +1,220 @@
 """The folder that a run writes, its log, and its checkpoint.
 
-    runs/<slug>/  config.json  log.jsonl  progress/*.png  the results  checkpoint.safetensors
+    runs/<slug>/  config.json  log.jsonl  progress/*.png  the results  checkpoint.pt
 
-Whatever is written is written whole (`files.py`), so a run that was killed at any moment can be resumed.
+Every file is written as a whole (`files.py`), so a run can be resumed wherever it was killed.
 """
 import itertools
 import json
 import re
 import unicodedata
+import zipfile
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from .errors import UserError
-from .files import read_safetensors, write_atomic, write_safetensors
+from .files import write_atomic
 
-# ---------------------------------------------------------------------------------------------------- the run's folder
+CHECKPOINT = "checkpoint.pt"
+# What versions of mvd before checkpoint.pt wrote. They cannot be continued.
+OLD_CHECKPOINT = "checkpoint.safetensors"
+# A folder that holds one of these files holds a run.
+RUN_FILES = ("config.json", "log.jsonl", CHECKPOINT, OLD_CHECKPOINT)
+
+# ---- the folder ----------------------------------------------------------------------------
 
 
 def slug(text):
-    """A folder's name for a prompt: ascii, lower case, dashes, 1 to 60 characters."""
-    ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
-    return re.sub("[^a-z0-9]+", "-", ascii_text).strip("-")[:60].rstrip("-") or "untitled"
+    """Returns a folder name for a prompt: ASCII, lower case, dashes, 1 to 60 characters."""
+    decomposed = unicodedata.normalize("NFKD", text)
+    ascii_text = decomposed.encode("ascii", "ignore").decode().lower()
+    words = re.sub("[^a-z0-9]+", "-", ascii_text).strip("-")
+    return words[:60].rstrip("-") or "untitled"
 
 
 def make_folder(path):
-    """Makes the folder that the file `path` shall lie in. Raises UserError."""
+    """Makes the folder that will hold the file `path`. Raises UserError."""
+    folder = Path(path).parent
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        place = Path(path).parent
-        raise UserError(f"cannot make the folder {place}: {error.strerror}; choose another --out") from error
+        raise _cannot_make(folder, error) from error
 
 
 def open_run(out, config, resume, default="runs/untitled", may_change=()):
-    """The folder of a run, made and holding config.json: -> Path. No earlier run is ever overwritten.
+    """Returns the folder of a run (a Path), made, with the settings in its config.json.
 
-    out: the folder the user named, or None: then `default`, or default-2, default-3, ... if those exist. With resume,
-    the run in `out`, or the latest of `default`, default-2, ... with these settings. config: {name: JSON value}; on
-    resume it must equal the earlier one, but for "out", "device", "resume" and may_change. Call it when all else is
-    checked, just before the first step. Raises UserError.
+    No earlier run is overwritten. Call it when everything else is checked, just before the
+    first step.
+
+    out: the folder that the user named. None: `default`, or default-2, default-3, ... if those
+    exist; with `resume`, the latest of them that was run with these settings.
+    config: {name: JSON value}. With `resume` it must equal the earlier one, except for "out",
+    "device", "resume" and the names in `may_change`.
+    Raises UserError.
     """
-    config = json.loads(json.dumps(config))                             # as it will be read back: tuples are lists
-    numbered = (Path(default) if n == 1 else Path(f"{default}-{n}") for n in itertools.count(1))
+    # As it will be read back: tuples become lists.
+    config = json.loads(json.dumps(config))
     if resume:
-        folders = [Path(out)] if out else list(itertools.takewhile(Path.exists, numbered)) or [Path(default)]
-        differences = [_difference(folder, config, {"out", "device", "resume", *may_change}) for folder in folders]
-        if None not in differences:
-            raise UserError(differences[-1])
-        folder = [folder for folder, difference in zip(folders, differences) if difference is None][-1]
-        for leftover in folder.rglob(".*.tmp"):                                 # of a write that was killed
-            leftover.unlink(missing_ok=True)
+        ignored = {"out", "device", "resume", *may_change}
+        folder = _earlier_run(out, default, config, ignored)
     else:
-        try:
-            if out:
-                folder = Path(out)
-                folder.mkdir(parents=True, exist_ok=True)
-                if any((folder / name).exists() for name in ("config.json", "log.jsonl", "checkpoint.safetensors")):
-                    raise UserError(f"{folder} already holds a run; continue it with --resume or choose another --out")
-            else:
-                make_folder(default)
-                folder = next(folder for folder in numbered if _claim(folder))
-        except OSError as error:
-            place = out or default
-            raise UserError(f"cannot make the folder {place}: {error.strerror}; choose another --out") from error
+        folder = _new_folder(out, default)
     write_atomic(folder / "config.json", json.dumps(config, indent=2).encode())
     (folder / "progress").mkdir(exist_ok=True)
     return folder
 
 
-def _claim(folder):
-    """Makes a folder; False if the name is taken, also when another process took it a moment ago."""
+def _new_folder(out, default):
+    """Makes the folder `out`, or else the first of the numbered folders that is free."""
     try:
-        folder.mkdir()
-        return True
-    except FileExistsError:
-        return False
+        if not out:
+            return _first_free(default)
+        folder = Path(out)
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_make(out or default, error) from error
+    if any((folder / name).exists() for name in RUN_FILES):
+        raise UserError(
+            f"{folder} already holds a run; continue it with --resume or choose another --out")
+    return folder
+
+
+def _numbered(default):
+    """Yields default, default-2, default-3, ... without end."""
+    yield Path(default)
+    for number in itertools.count(2):
+        yield Path(f"{default}-{number}")
+
+
+def _first_free(default):
+    Path(default).parent.mkdir(parents=True, exist_ok=True)
+    for folder in _numbered(default):
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            # Taken, perhaps by another process a moment ago: try the next name.
+            continue
+
+
+def _earlier_run(out, default, config, ignored):
+    """Returns the folder of the latest run that can continue with these settings."""
+    if out:
+        folders = [Path(out)]
+    else:
+        existing = itertools.takewhile(Path.exists, _numbered(default))
+        folders = list(existing) or [Path(default)]
+    for folder in reversed(folders):
+        if _difference(folder, config, ignored) is None:
+            # Temporary files of a write that was killed.
+            for leftover in folder.rglob(".*.tmp"):
+                leftover.unlink(missing_ok=True)
+            return folder
+    raise UserError(_difference(folders[-1], config, ignored))
 
 
 def _difference(folder, config, ignored):
-    """Why a run cannot continue in this folder, in one line, or None if it can."""
+    """Returns one line that says why a run cannot continue in this folder; None if it can."""
+    path = folder / "config.json"
+    anew = "start anew without --resume, with another --out"
+    if (folder / OLD_CHECKPOINT).exists():
+        return (f"{folder / OLD_CHECKPOINT} was written by an older version of mvd and cannot be "
+                f"continued; {anew}")
     try:
-        earlier = json.loads((folder / "config.json").read_bytes())
+        earlier = json.loads(path.read_bytes())
     except FileNotFoundError:
         return f"there is no run to resume in {folder}; leave out --resume to start one"
     except (OSError, ValueError) as error:
-        return f"cannot read {folder / 'config.json'} ({error}); start anew without --resume, with another --out"
+        return f"cannot read {path} ({error}); {anew}"
     if not isinstance(earlier, dict):
-        return f"{folder / 'config.json'} is not of a run; start anew without --resume, with another --out"
+        return f"{path} does not hold the settings of a run; {anew}"
     for name in [*earlier, *config]:
-        before, now = (json.dumps(c[name]) if name in c else "nothing" for c in (earlier, config))
+        before = json.dumps(earlier[name]) if name in earlier else "nothing"
+        now = json.dumps(config[name]) if name in config else "nothing"
         if name not in ignored and before != now:
-            return f"{folder} was run with {name} = {before}, now it is {now}; resume with the same settings"
+            return (f"{folder} was run with {name} = {before}, now it is {now}; "
+                    "resume with the same settings")
     return None
 
 
+def _cannot_make(folder, error):
+    return UserError(f"cannot make the folder {folder}: {error.strerror}; choose another --out")
+
+# ---- the log -------------------------------------------------------------------------------
+
+
 def log(path, **row):
-    """Appends one line of JSON; numbers may be tensors or numpy's."""
+    """Appends one line of JSON. The numbers may be tensors or NumPy's."""
     with open(path, "a") as file:
         file.write(json.dumps(row, default=float) + "\n")
 
 
 def read_log(path):
-    """-> [row, ...]; none if there is no file. A last line that a kill cut short is left out; others: UserError."""
-    lines = Path(path).read_text().splitlines() if Path(path).exists() else []
+    """Returns [row, ...], empty if there is no file.
+
+    A last line that a kill cut short is left out. Raises UserError if any other line is not JSON.
+    """
+    path = Path(path)
+    lines = path.read_text().splitlines() if path.exists() else []
     rows = []
     for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
         except ValueError as error:
             if number < len(lines):
-                raise UserError(f"{path}, line {number} is no JSON; remove that line") from error
+                raise UserError(
+                    f"{path}, line {number} is not JSON; remove that line") from error
     return rows
 
 
 def truncate_log(path, step):
-    """Before a run resumes at `step`: drops the rows of that step and later ones, and a last line cut short."""
+    """Drops the rows of `step` and later, and a last line cut short, before a run resumes."""
     rows = [row for row in read_log(path) if row.get("step", -1) < step]
-    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    lines = [json.dumps(row) + "\n" for row in rows]
+    write_atomic(path, "".join(lines).encode())
 
-# ---------------------------------------------------------------------------------------------------- checkpoints
+# ---- the checkpoint ------------------------------------------------------------------------
 
 
 def save_checkpoint(path, state):
-    """One safetensors file, in one stroke; no pickle, so that loading a stranger's checkpoint runs none of his code.
+    """Writes everything that a run needs to continue bit for bit.
 
-    state: dicts (keys: str, int), lists and tuples, nested, of tensors, numbers, str, bool, None, such as a
-    state_dict() of an optimizer. The tensors are named by their path ("optimizer/state/0/exp_avg"); the rest is JSON in
-    the header. All comes back exactly; numpy's numbers come back as Python's.
+    state: a dict of tensors, numbers, str, bool, None, and of dicts, lists and tuples of these,
+    such as the state_dict() of an optimizer. Nothing else (NumPy's numbers neither):
+    `load_checkpoint` would refuse the file.
     """
-    tensors = {}
-
-    def skeleton(value, name):                                          # the same nesting, names in place of tensors
-        if isinstance(value, torch.Tensor):
-            while name in tensors:                                      # {"a/b": x, "a": {"b": y}}
-                name += "'"
-            tensors[name] = value.detach().to("cpu", copy=True)         # a copy: no two may share memory
-            return {"tensor": name}
-        if isinstance(value, dict):
-            return {"dict": [[k, skeleton(v, f"{name}/{k}" if name else f"{k}")] for k, v in value.items()]}
-        if isinstance(value, (list, tuple)):
-            return {type(value).__name__: [skeleton(v, f"{name}/{i}") for i, v in enumerate(value)]}
-        return value.item() if isinstance(value, np.generic) else value
-
-    header = {"checkpoint": json.dumps(skeleton(state, ""))}            # which names the tensors, so before they are written
-    write_safetensors(path, tensors, header)
+    write_atomic(path, lambda file: torch.save(state, file))
 
 
 def load_checkpoint(path):
-    """-> the state that save_checkpoint was given, tensors on the CPU. Raises UserError if the file is missing, damaged or
-    not a checkpoint of a run."""
-    tensors, header = read_safetensors(path)
+    """Returns the state that `save_checkpoint` was given, with its tensors on the CPU.
 
-    def fill(value):
-        if not isinstance(value, dict):
-            return value
-        (kind, content), = value.items()
-        if kind == "tensor":
-            return tensors[content]
-        if kind == "dict":
-            return {k: fill(v) for k, v in content}
-        return {"list": list, "tuple": tuple}[kind](fill(v) for v in content)
-
-    if "checkpoint" not in header:
-        raise UserError(f"{path} is not a checkpoint of a run; --resume continues only what these scripts wrote")
-    return fill(json.loads(header["checkpoint"]))
+    Loading an untrusted file cannot run code (weights_only). Raises UserError if the file is
+    missing, damaged or not a checkpoint.
+    """
+    state, problem = None, None
+    try:
+        # torch.save writes a zip file. The old format, which is not one, is not tried.
+        if zipfile.is_zipfile(path):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    # Damaged bytes can lead torch.load to any error.
+    except Exception as error:
+        problem = error
+    if not isinstance(state, dict):
+        raise UserError(
+            f"{path} is missing, damaged, cut short or not a checkpoint of a run, or holds more "
+            "than tensors, numbers and text, so it is not loaded; start anew without --resume, "
+            "with another --out") from problem
+    return state
 
 
 def last_checkpoint(out):
-    """What the run in the folder `out` saved last, or None if it was killed before that and starts anew; as `load_checkpoint`."""
-    path = out / "checkpoint.safetensors"
+    """Returns the state that the run in the folder `out` saved last.
+
+    None: it was killed before its first checkpoint and starts anew. Raises UserError as
+    `load_checkpoint` does.
+    """
+    path = out / CHECKPOINT
     return load_checkpoint(path) if path.exists() else None

@@ -1,0 +1,258 @@
+"""python -m mvd.metrics: judge samples of a model, or 3D objects that distill.py made.
+
+    python -m mvd.metrics --samples 8       # 8 captions of each split, sampled by the tiny model
+    python -m mvd.metrics runs/*            # 3D objects
+    python -m mvd.metrics runs/* --clip     # of any prompts, judged by CLIP
+
+Prints one line per split (toyworld/words.py). What is not of the toy world, or too fine for its
+renders, is judged by CLIP (clip.py).
+"""
+import functools
+import json
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from .. import toyworld
+from ..model import MVDream
+from ..tools import cli
+from ..tools.device import choose_device, choose_dtype
+from ..tools.errors import UserError
+from ..tools.files import read_safetensors
+from . import clip
+from .candidates import SAMPLED, Cameras, at_real_size, real_views
+from .judge import judge_sets, name_colours, report_line, variety
+from .things import draw_things, read_prompt
+
+SPLITS = ("3d", "image", "never")
+# Samples per caption whose variety is measured.
+VARIETY_SETS = 8
+
+
+# ---- samples ----
+
+def sample_all(model, prompts, seed, batch=16):
+    """One set of views per prompt, from the cameras SAMPLED: [N, V, 3, H, W] in [0, 1].
+
+    The batch that begins with prompt i has seed + i.
+    """
+    starts = range(0, len(prompts), batch)
+    sets = []
+    for i in tqdm(starts, desc="sampling", unit="batch", disable=None):
+        sets.append(model.sample(
+            prompts[i:i + batch],
+            elevation=SAMPLED.elevation, views=len(SAMPLED.azimuth), seed=seed + i))
+    return torch.cat(sets)
+
+
+def judge_samples(flags, device):
+    """The reports of --samples: one dict per split."""
+    things = []
+    for split in SPLITS:
+        things.extend(draw_things(split, flags.samples, flags.seed))
+    prompts = [toyworld.captions(thing)[0] for thing in things]
+    # CLIP is loaded first: if it cannot be downloaded, we fail before we sample.
+    network = clip.load_clip(device) if flags.clip else None
+    model = MVDream.load(flags.model, device, choose_dtype("auto", device))
+    views = sample_all(model, prompts, flags.seed)
+    if network is not None:
+        splits = [split for split in SPLITS for _ in range(flags.samples)]
+        return clip.clip_reports(list(zip(splits, prompts, views)), network)
+
+    verdicts, real = judge_with_ceiling(views, things, SAMPLED, flags.seed)
+    reports = []
+    for i, split in enumerate(SPLITS):
+        part = slice(i * flags.samples, (i + 1) * flags.samples)
+        report = report_line({"split": split, "mode": "3d"}, verdicts[part], real[part])
+        if flags.variety > 0:
+            report["variety"] = relative_variety(
+                model, things[part][:flags.variety], flags.seed + 1, device)
+        reports.append(report)
+    return reports
+
+
+def relative_variety(model, things, seed, device):
+    """Variety of samples as a share of the variety of real renders, the mean over Things."""
+    shares = []
+    for thing in things:
+        prompts = [toyworld.captions(thing)[0]] * VARIETY_SETS
+        sampled = sample_all(model, prompts, seed, batch=VARIETY_SETS)
+        real = real_views([thing] * VARIETY_SETS, SAMPLED, device, seed)
+        shares.append(variety(sampled) / variety(real))
+    return sum(shares) / len(shares)
+
+
+def judge_with_ceiling(views, things, cameras, seed):
+    """Verdicts on the pictures, and on real renders of the same Things.
+
+    They are judged together, so that candidates are drawn once.
+    """
+    things = name_colours(views, things, cameras)
+    real = real_views(things, cameras, views.device, seed)
+    both = torch.cat([at_real_size(views), real])
+    progress = functools.partial(tqdm, desc="judging", unit="pair", disable=None)
+    verdicts = judge_sets(both, things * 2, cameras, seed, progress)
+    return verdicts[:len(things)], verdicts[len(things):]
+
+
+# ---- runs of distill.py ----
+
+class Run(NamedTuple):
+    """What distill.py left in a folder."""
+    # Its path, as the user named it.
+    folder: str
+    # What the object should show.
+    prompt: str
+    # "3d" or "2d".
+    mode: str
+    cameras: Cameras
+    # [V, 3, H, W] in [0, 1].
+    views: torch.Tensor
+
+
+def read_views(folder):
+    """The pictures in a run's folder: Cameras, views [V, 3, H, W]."""
+    tensors, _ = read_safetensors(Path(folder) / "views.safetensors")
+    cameras = Cameras(
+        elevation=tensors["elevation"].item(),
+        azimuth=tuple(tensors["azimuth"].tolist()),
+        fov_deg=tensors["fov"].item())
+    return cameras, tensors["rgb"]
+
+
+def read_run(folder):
+    """A folder of distill.py as a Run. Raises UserError if it is not one, or is not finished."""
+    try:
+        config = json.loads((Path(folder) / "config.json").read_bytes())
+        prompt = config["prompt"]
+        mode = config.get("mode", "3d")
+        cameras, views = read_views(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder} is no finished run of distill.py ({error}): "
+            "name only folders that hold views.safetensors")
+    return Run(folder, prompt, mode, cameras, views)
+
+
+def read_runs(folders):
+    """The Runs among folders. The others (a training, say) are named on stderr and left out.
+
+    Raises UserError if there is none.
+    """
+    finished = []
+    others = []
+    # Each folder once.
+    for folder in dict.fromkeys(folders):
+        if (Path(folder) / "views.safetensors").exists():
+            finished.append(folder)
+        else:
+            others.append(folder)
+    if not finished:
+        raise UserError(
+            f"{others[0]} is no finished run of distill.py: "
+            "name folders that hold views.safetensors")
+    for folder in others:
+        print(f"left out, no finished run of distill.py: {folder}", file=sys.stderr)
+    return [read_run(folder) for folder in finished]
+
+
+def judge_runs(flags, device):
+    """The reports of runs: one dict per mode and split. Prints the verdict on each run, too.
+
+    Runs whose pictures have the same cameras and size are judged together.
+    """
+    runs = read_runs(flags.runs)
+    if flags.clip:
+        sets = [(run.mode, run.prompt, run.views) for run in runs]
+        return clip.clip_reports(sets, clip.load_clip(device))
+
+    groups = {}
+    for run in runs:
+        thing = read_prompt(run.prompt)
+        group = groups.setdefault((run.cameras, run.views.shape), [])
+        group.append((run, thing))
+    # (mode, split) -> verdicts, verdicts on real renders
+    found = {}
+    for (cameras, _), group in groups.items():
+        views = torch.stack([run.views for run, thing in group]).to(device)
+        things = [thing for run, thing in group]
+        verdicts, real_verdicts = judge_with_ceiling(views, things, cameras, flags.seed)
+        for (run, _), verdict, real in zip(group, verdicts, real_verdicts):
+            thing = verdict["thing"]
+            key = (run.mode, toyworld.split(thing.subject, thing.accessory))
+            ours, ceiling = found.setdefault(key, ([], []))
+            ours.append(verdict)
+            ceiling.append(real)
+            if not flags.json:
+                print(f"{run.folder}: {in_words(verdict)}")
+
+    reports = []
+    for mode, split in sorted(found):
+        ours, ceiling = found[mode, split]
+        reports.append(report_line({"split": split, "mode": mode}, ours, ceiling))
+    return reports
+
+
+def in_words(verdict):
+    """A verdict for people: "recognised", "looks like a blue bus, Janus", ..."""
+    text = "recognised"
+    if not verdict["recognised"]:
+        text = "looks like " + toyworld.captions(verdict["nearest"])[0]
+    if verdict["janus"]:
+        text += ", Janus"
+    return text
+
+
+# ---- the command ----
+
+def print_table(reports):
+    """Print reports, dicts with the same keys, as a table: a column per key."""
+    print("".join(f"{name:>15}" for name in reports[0]))
+    for report in reports:
+        print("".join(f"{cell(value):>15}" for value in report.values()))
+
+
+def cell(value):
+    """The text of a table's cell."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return str(value)
+
+
+def main():
+    """The command: judge samples of a model, or runs, and print the reports. Raises UserError."""
+    parser = cli.Parser(
+        prog="python -m mvd.metrics",
+        description="Does it show what was asked, from every side? Pictures of things from the "
+        "toy world, judged by rendering candidates.")
+    add = parser.add_argument
+    add("runs", nargs="*", help="folders that distill.py wrote")
+    add("--samples", type=int, help="sample and judge so many captions of each split")
+    add("--variety", type=int, default=0,
+        help="with --samples: measure the variety of so many captions per split")
+    add("--model", default="tiny",
+        help="with --samples: tiny, mvdream-sd21, sd21, or the path of a checkpoint")
+    add("--clip", action="store_true",
+        help="let CLIP judge, by any prompts, instead of the world's renders")
+    add("--device", default="auto", help="cuda, mps or cpu; auto takes the best")
+    add("--seed", type=int, default=0, help="of captions, noise and real renders")
+    add("--json", action="store_true", help="one JSON object per line instead of a table")
+    flags = parser.parse_args()
+    if bool(flags.runs) == (flags.samples is not None):
+        raise UserError(
+            "name the folders of runs, or say how many captions to sample: --samples 8")
+    device = choose_device(flags.device)
+    if flags.runs:
+        reports = judge_runs(flags, device)
+    else:
+        reports = judge_samples(flags, device)
+    if flags.json:
+        for report in reports:
+            print(json.dumps(report))
+    else:
+        print_table(reports)

@@ -1,0 +1,93 @@
+"""python -m mvd.metrics, on samples and on runs."""
+import json
+import types
+
+import pytest
+
+from mvd import toyworld
+from mvd.metrics import command, things
+from mvd.metrics.candidates import SAMPLED, real_views
+from mvd.metrics.things import read_prompt
+from mvd.tools.errors import UserError
+from mvd.toyworld import Thing
+from small_judge import THINGS, make_small, run_main, save_run
+
+
+@pytest.fixture(autouse=True)
+def small_judge(monkeypatch):
+    make_small(monkeypatch)
+    monkeypatch.setattr(things, "CAPTIONS", 4)
+
+
+def test_distilled_runs(monkeypatch, capsys, tmp_path):
+    first = str(tmp_path / "a")
+    second = str(tmp_path / "b")
+    lamp = Thing("lamp", "crown", "green")
+    save_run(tmp_path / "a", Thing("bulldog", "crown"))
+    save_run(tmp_path / "b", lamp, mode="2d", size=48, shown=Thing("bus", "cloud", "pink"))
+    output = run_main(monkeypatch, capsys, first, second, "--json")
+    lines = [json.loads(line) for line in output.splitlines()]
+    by_mode = {line["mode"]: line for line in lines}
+    assert by_mode["3d"] == {
+        "split": "image",
+        "mode": "3d",
+        "n": 1,
+        "r_precision": 1.0,
+        "ceiling": 1.0,
+        "view_accuracy": 1.0,
+        "view_ceiling": 1.0,
+        "janus_rate": 0.0,
+        "janus_ceiling": 0.0,
+    }
+    flat = by_mode["2d"]
+    assert flat["split"] == toyworld.split("lamp", "crown")
+    assert flat["view_accuracy"] is None, "a lamp has no front"
+    assert flat["r_precision"] == 0.0 and flat["ceiling"] == 1.0, "a bus is not a lamp"
+    table = run_main(monkeypatch, capsys, first)
+    assert "recognised" in table and "r_precision" in table and "1.000" in table
+
+
+def test_samples_of_a_perfect_model(monkeypatch, capsys):
+    def sample(prompts, elevation, seed, views):
+        assert elevation == 15.0 and views == len(SAMPLED.azimuth)
+        asked = [read_prompt(prompt) for prompt in prompts]
+        return real_views(asked, SAMPLED, seed=seed + 50)
+
+    def load(name, device, dtype):
+        return types.SimpleNamespace(sample=sample)
+
+    monkeypatch.setattr(command.MVDream, "load", load)
+    flags = ("--samples", "1", "--variety", "1", "--json")
+    output = run_main(monkeypatch, capsys, *flags)
+    lines = [json.loads(line) for line in output.splitlines()]
+    assert [line["split"] for line in lines] == ["3d", "image", "never"]
+    for line in lines:
+        assert line["n"] == line["r_precision"] == line["ceiling"] == 1
+        assert 0.6 < line["variety"] < 1.6
+
+
+@pytest.mark.parametrize(
+    "flags", [(), ("--samples", "0"), ("--samples", "1", "runs/a"), ("nowhere",)])
+def test_mistakes_of_the_user(monkeypatch, capsys, flags):
+    monkeypatch.setattr(command.MVDream, "load", lambda name, device, dtype: None)
+    with pytest.raises(UserError):
+        run_main(monkeypatch, capsys, *flags)
+
+
+def test_a_run_that_is_not_of_the_toy_world(monkeypatch, capsys, tmp_path):
+    run = tmp_path / "a"
+    save_run(run, THINGS[3])
+    (run / "config.json").write_text('{"prompt": "a corgi astronaut"}')
+    with pytest.raises(UserError, match="no caption of the toy world"):
+        run_main(monkeypatch, capsys, str(run))
+
+    # Left out, as `runs/*` may name it.
+    (tmp_path / "training").mkdir()
+    with pytest.raises(UserError, match="no caption of the toy world"):
+        run_main(monkeypatch, capsys, str(tmp_path / "training"), str(run))
+    assert "left out" in capsys.readouterr().err
+
+    (run / "views.safetensors").unlink()
+    (run / "config.json").write_text("{")
+    with pytest.raises(UserError, match="no finished run"):
+        run_main(monkeypatch, capsys, str(run))
