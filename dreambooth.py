@@ -40,7 +40,7 @@ from mvd.tools.device import (
     tune_cuda,
 )
 from mvd.tools.errors import UserError
-from mvd.tools.optimizer import adamw, autocast, learning_rate, set_rates
+from mvd.tools.optimizer import adamw, learning_rate, rounded, set_rates
 from mvd.tools.page import write_page
 from mvd.tools.pictures import grid, save_png
 from mvd.tools.vocabulary import check_identifier, known_part, name_subject, words_of
@@ -163,8 +163,11 @@ def class_loss(unet, theta0, x0, context):
 
     theta0: {name: weight}. x0 [B, 1, c, h, w]: scaled latents of photos. context [B, L, D].
     """
+    dtype = unet.conv_out.weight.dtype
+
     def start(*inputs):
-        return functional_call(unet, theta0, inputs)
+        weights = {name: w.to(dtype) for name, w in theta0.items()}
+        return functional_call(unet, weights, inputs)
 
     t = torch.randint(diffusion.NUM_TIMESTEPS, x0.shape[:1], device=x0.device)
     x_t = diffusion.q_sample(x0, t, torch.randn_like(x0))
@@ -220,22 +223,20 @@ class FineTuning:
         of_class, of_text = torch.zeros(2, device=self.device)
         if s.class_preservation:
             x0, wording = self.draw(len(subject.plain))
-            with autocast(self.device):
-                of_class = class_loss(unet, self.theta0, x0, subject.plain[wording])
+            of_class = class_loss(unet, self.theta0, x0, subject.plain[wording])
             of_class = s.class_preservation * of_class
         x0, wording = self.draw(len(subject.contexts))
         context = subject.contexts[wording]  # [B, L, D]
         if s.identifier_lr:
-            # In float32, as `subject.contexts` is, which it is compared with.
             context = self.model.text(subject.tokens[wording])
             of_text = s.text_preservation * self.text_loss(context, wording)
-        with autocast(self.device):
-            loss = diffusion.denoising_loss(unet, x0, context)  # no camera: the 2D mode
-        return loss, of_class, of_text
+        # No camera: the 2D mode.
+        return diffusion.denoising_loss(unet, x0, context), of_class, of_text
 
     def step(self):
         """One optimisation step: the three losses, then what `preserve` returns, [7]."""
-        loss, of_class, of_text = self.losses()
+        with rounded(self.model.unet):
+            loss, of_class, of_text = self.losses()
         self.optimizer.zero_grad(set_to_none=True)
         (loss + of_class + of_text).backward()
         measured = preserve(
@@ -352,7 +353,7 @@ def show_samples(model, s, out, prompts, step):
     with_v, without_v = prompts
     device = model.device
     set_aside(model, s, device)
-    with autocast(device):
+    with rounded(model.unet):
         rows = [*model.sample([with_v, without_v], steps=25, seed=s.seed)]
         rows.append(model.sample(with_v, steps=25, seed=s.seed, mode="2d")[0])
     set_aside(model, s, "cpu")

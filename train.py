@@ -35,7 +35,7 @@ from mvd.tools.device import (
     tune_cuda,
 )
 from mvd.tools.errors import UserError
-from mvd.tools.optimizer import adamw, autocast, learning_rate, set_rates, swapped_in
+from mvd.tools.optimizer import adamw, learning_rate, rounded, set_rates, swapped_in
 from mvd.tools.page import write_page
 from mvd.tools.pictures import grid, save_png
 from mvd.tools.vocabulary import IDENTIFIERS, words_of
@@ -169,7 +169,7 @@ def fit(phase, model, s, out, state=None):
         choice.choices(kinds, phase.shares, k=start)  # skip the choices of the steps that are done
 
     def train_step(loss_fn):
-        with autocast(device):
+        with rounded(phase.module):
             loss = loss_fn()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # a 2D batch gives the camera MLP no gradient
@@ -243,7 +243,7 @@ def show(phase, average, step):
     """Draw the phase's pictures with the averaged weights, and leave no trace in the training."""
     kept = random_state()
     weights = list(phase.module.parameters())
-    with swapped_in(weights, average), autocast(average[0].device):
+    with swapped_in(weights, average), rounded(phase.module):
         phase.show(step)
     set_random_state(kept)
 

@@ -6,7 +6,7 @@ import torch
 from torch.nn import Linear, Sequential, Tanh
 
 from mvd.tools.device import load_optimizer
-from mvd.tools.optimizer import adamw, autocast, learning_rate, set_rates, swapped_in
+from mvd.tools.optimizer import adamw, learning_rate, rounded, set_rates, swapped_in
 
 BETAS = (0.9, 0.99)
 
@@ -106,8 +106,8 @@ def test_small_steps_are_not_lost(device):
     x = torch.ones(4, 5, device=device)
     optimizer = adamw([(net.parameters(), 1e-6, 0.0)], betas=(0.9, 0.999))
     for _ in range(1000):
-        with autocast(device):
-            y = net(x)
+        with rounded(net):
+            y = net(x.to(net.weight.dtype))
         optimizer.zero_grad()
         y.float().sum().backward()
         optimizer.step()
@@ -116,9 +116,27 @@ def test_small_steps_are_not_lost(device):
     for w, w0 in zip(copies(net), before):
         assert w.dtype == torch.float32
         torch.testing.assert_close(w, w0 - 1e-3, rtol=0, atol=5e-5)
-        rounded = w0.bfloat16()
-        lost = torch.equal(rounded - 1e-6, rounded)
+        short = w0.bfloat16()
+        lost = torch.equal(short - 1e-6, short)
         assert lost, "a bfloat16 weight would move, so that this test shows nothing"
+
+
+@pytest.mark.gpu
+def test_rounded_weights_give_their_gradient_to_the_weights_themselves():
+    """Only what learns is rounded, and only within the context."""
+    net = torch.nn.Sequential(Linear(5, 7), Linear(7, 3)).cuda()
+    net[1].requires_grad_(False)
+    weights = list(net.parameters())
+    x = torch.randn(4, 5, device="cuda")
+    with rounded(net):
+        assert net[0].weight.dtype == torch.bfloat16 and net[1].weight.dtype == torch.float32
+        y = net[1](net[0](x.bfloat16()).float())
+    y.sum().backward()
+    assert all(p is w for p, w in zip(net.parameters(), weights)), "the weights are back"
+    expected = (net[1].weight.sum(0)[:, None] * x.bfloat16().float().sum(0)).bfloat16()
+    found = net[0].weight.grad
+    assert found.dtype == torch.float32 and net[1].weight.grad is None
+    torch.testing.assert_close(found, expected.float(), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("saved_at", [0, 3])

@@ -413,3 +413,19 @@ def test_vae_loss_of_a_perfect_autoencoder_is_its_kl():
     kl = 0.5 * (4 - 1 - math.log(4))  # of N(0, 4) from N(0, 1)
     loss = train.vae_loss(Perfect(), images).item()
     assert loss == pytest.approx(train.KL_WEIGHT * kl, rel=1e-4)
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_learns(start, tmp_path):
+    """Both phases, eager and captured, with pictures between the steps."""
+    flags = "--device cuda --vae-steps 12 --steps 12 --sample-every 4 --save-every 12".split()
+    start("run", *flags)
+    rows = run.read_log(tmp_path / "run" / "log.jsonl")
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert len(losses) == 12 and losses[-1] < losses[0], "the autoencoder does not learn"
+    model = MVDream.load(tmp_path / "run")
+    for name, weight in model.named_parameters():
+        assert torch.isfinite(weight).all(), f"{name} is not finite"
+    state = run.load_checkpoint(tmp_path / "run" / run.CHECKPOINT)
+    formats = {weight.dtype for weight in state["module"].values()}
+    assert formats == {torch.float32}, "the weights that learn are float32"
