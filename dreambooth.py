@@ -237,14 +237,14 @@ class FineTuning:
         """One optimisation step: the three losses, then what `preserve` returns, [7]."""
         with rounded(self.model.unet):
             loss, of_class, of_text = self.losses()
-        self.optimizer.zero_grad(set_to_none=True)
-        (loss + of_class + of_text).backward()
+            (loss + of_class + of_text).backward()
         measured = preserve(
             list(self.theta.values()), list(self.theta0.values()), self.s.preservation
         )
         if self.s.identifier_lr:
             self.table.weight.grad *= self.own_rows  # the other words keep their meaning
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         return torch.cat([torch.stack([loss, of_class, of_text]).detach(), measured])
 
     def set_rates(self, step):

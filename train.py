@@ -171,10 +171,10 @@ def fit(phase, model, s, out, state=None):
     def train_step(loss_fn):
         with rounded(phase.module):
             loss = loss_fn()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # a 2D batch gives the camera MLP no gradient
+            loss.backward()  # a 2D batch gives the camera MLP no gradient
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         update_average(average, weights, renewal)
         return loss.detach()
 

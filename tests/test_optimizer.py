@@ -106,10 +106,10 @@ def test_small_steps_are_not_lost(device):
     x = torch.ones(4, 5, device=device)
     optimizer = adamw([(net.parameters(), 1e-6, 0.0)], betas=(0.9, 0.999))
     for _ in range(1000):
+        optimizer.zero_grad()
         with rounded(net):
             y = net(x.to(net.weight.dtype))
-        optimizer.zero_grad()
-        y.float().sum().backward()
+            y.float().sum().backward()
         optimizer.step()
     expected = torch.bfloat16 if device.type == "cuda" else torch.float32
     assert y.dtype == expected, f"the network computed in {y.dtype}"
@@ -130,8 +130,7 @@ def test_rounded_weights_give_their_gradient_to_the_weights_themselves():
     x = torch.randn(4, 5, device="cuda")
     with rounded(net):
         assert net[0].weight.dtype == torch.bfloat16 and net[1].weight.dtype == torch.float32
-        y = net[1](net[0](x.bfloat16()).float())
-    y.sum().backward()
+        net[1](net[0](x.bfloat16()).float()).sum().backward()
     assert all(p is w for p, w in zip(net.parameters(), weights)), "the weights are back"
     expected = (net[1].weight.sum(0)[:, None] * x.bfloat16().float().sum(0)).bfloat16()
     found = net[0].weight.grad
