@@ -40,7 +40,7 @@ from mvd.tools.device import (
     tune_cuda,
 )
 from mvd.tools.errors import UserError
-from mvd.tools.optimizer import adamw, learning_rate, rounded, set_rates
+from mvd.tools.optimizer import Rounded, adamw, learning_rate, set_rates
 from mvd.tools.page import write_page
 from mvd.tools.pictures import grid, save_png
 from mvd.tools.vocabulary import check_identifier, known_part, name_subject, words_of
@@ -196,6 +196,7 @@ class FineTuning:
         self.theta = dict(model.unet.named_parameters())
         self.theta0 = {name: w.detach().clone() for name, w in self.theta.items()}
         self.optimizer = adamw(groups, betas=(0.9, 0.999))
+        self.in_bfloat16 = Rounded(model.unet)
         # Which rows of the table are the identifier's, [rows, 1].
         self.own_rows = torch.zeros(len(self.table.weight), 1, device=self.device)
         self.own_rows[model.text.word_rows(s.identifier)] = 1
@@ -235,7 +236,7 @@ class FineTuning:
 
     def step(self):
         """One optimisation step: the three losses, then what `preserve` returns, [7]."""
-        with rounded(self.model.unet):
+        with self.in_bfloat16:
             loss, of_class, of_text = self.losses()
             (loss + of_class + of_text).backward()
         measured = preserve(
@@ -299,7 +300,8 @@ def finetune(model, subject, s, out, state=None, *, show=None):
                 count = 0
             if show and (done % s.sample_every == 0 or (last and s.steps > s.sample_every)):
                 kept = random_state()
-                show(done)
+                with tuning.in_bfloat16:
+                    show(done)
                 set_random_state(kept)
             if done % s.save_every == 0 or interrupted.is_set():
                 state = {"step": done, **tuning.state_dict(), "random": random_state()}
@@ -353,9 +355,8 @@ def show_samples(model, s, out, prompts, step):
     with_v, without_v = prompts
     device = model.device
     set_aside(model, s, device)
-    with rounded(model.unet):
-        rows = [*model.sample([with_v, without_v], steps=25, seed=s.seed)]
-        rows.append(model.sample(with_v, steps=25, seed=s.seed, mode="2d")[0])
+    rows = [*model.sample([with_v, without_v], steps=25, seed=s.seed)]
+    rows.append(model.sample(with_v, steps=25, seed=s.seed, mode="2d")[0])
     set_aside(model, s, "cpu")
     picture = out / "progress" / f"samples_{step:06d}.png"
     save_png(picture, grid(torch.cat(rows), len(rows[0])))

@@ -35,7 +35,7 @@ from mvd.tools.device import (
     tune_cuda,
 )
 from mvd.tools.errors import UserError
-from mvd.tools.optimizer import adamw, learning_rate, rounded, set_rates, swapped_in
+from mvd.tools.optimizer import Rounded, adamw, learning_rate, set_rates, swapped_in
 from mvd.tools.page import write_page
 from mvd.tools.pictures import grid, save_png
 from mvd.tools.vocabulary import IDENTIFIERS, words_of
@@ -155,21 +155,16 @@ def fit(phase, model, s, out, state=None):
     device = model.device
     weights = list(phase.module.parameters())
     optimizer = adamw([(weights, phase.peak_lr, 0.01)], betas=(0.9, 0.99))
+    in_bfloat16 = Rounded(phase.module)
     average = [w.detach().clone() for w in weights]
     renewal = torch.tensor(0.0, device=device)  # of the average; a CUDA graph reads it
     choice = random.Random(s.seed)
     kinds = range(len(phase.losses))
-    start = 0
-    if state:
-        start = state["step"]
-        phase.module.load_state_dict(state["module"])
-        load_optimizer(optimizer, state["optimizer"])
-        torch._foreach_copy_(average, [saved.to(device) for saved in state["average"]])
-        set_random_state(state["random"])
-        choice.choices(kinds, phase.shares, k=start)  # skip the choices of the steps that are done
+    start = resume(phase, optimizer, average, state) if state else 0
+    choice.choices(kinds, phase.shares, k=start)  # skip those of the steps that are done
 
     def train_step(loss_fn):
-        with rounded(phase.module):
+        with in_bfloat16:
             loss = loss_fn()
             loss.backward()  # a 2D batch gives the camera MLP no gradient
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -186,7 +181,8 @@ def fit(phase, model, s, out, state=None):
         for step in bar:
             rate = learning_rate(step, phase.steps, phase.peak_lr)
             set_rates(optimizer, rate)
-            renewal.fill_(max(1 - s.ema, 9 / (10 + step)))  # at first it forgets faster
+            # A young average follows the weights: its decay begins at 0.1 and grows to s.ema.
+            renewal.fill_(max(1 - s.ema, 9 / (10 + step)))
             kind = choice.choices(kinds, phase.shares)[0]
             log.add(kind, steppers[kind]())
             done = step + 1
@@ -197,7 +193,10 @@ def fit(phase, model, s, out, state=None):
                 run.log(out / "log.jsonl", **place, **means)
                 bar.set_postfix({name: f"{mean:.4f}" for name, mean in means.items()})
             if done % s.sample_every == 0 or (last and phase.steps > s.sample_every):
-                show(phase, average, phase.first + done)
+                kept = random_state()
+                with swapped_in(weights, average), in_bfloat16:
+                    phase.show(phase.first + done)
+                set_random_state(kept)
             if done % s.save_every == 0 or last or interrupted.is_set():
                 save_state(out, phase, done, model, optimizer, average)
             if interrupted.is_set():
@@ -206,6 +205,15 @@ def fit(phase, model, s, out, state=None):
                 raise KeyboardInterrupt
     with torch.no_grad():
         torch._foreach_copy_(weights, average)
+
+
+def resume(phase, optimizer, average, state):
+    """Go on from a checkpoint of this phase: returns the steps that are done."""
+    phase.module.load_state_dict(state["module"])
+    load_optimizer(optimizer, state["optimizer"])
+    torch._foreach_copy_(average, [saved.to(average[0].device) for saved in state["average"]])
+    set_random_state(state["random"])
+    return state["step"]
 
 
 @torch.no_grad()
@@ -237,15 +245,6 @@ class Means:
         self.sums.zero_()
         self.counts = [0] * len(self.names)
         return means
-
-
-def show(phase, average, step):
-    """Draw the phase's pictures with the averaged weights, and leave no trace in the training."""
-    kept = random_state()
-    weights = list(phase.module.parameters())
-    with swapped_in(weights, average), rounded(phase.module):
-        phase.show(step)
-    set_random_state(kept)
 
 
 def save_state(out, phase, step, model, optimizer, average):

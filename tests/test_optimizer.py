@@ -6,7 +6,7 @@ import torch
 from torch.nn import Linear, Sequential, Tanh
 
 from mvd.tools.device import load_optimizer
-from mvd.tools.optimizer import adamw, learning_rate, rounded, set_rates, swapped_in
+from mvd.tools.optimizer import Rounded, adamw, learning_rate, set_rates, swapped_in
 
 BETAS = (0.9, 0.99)
 
@@ -105,9 +105,10 @@ def test_small_steps_are_not_lost(device):
     before = copies(net)
     x = torch.ones(4, 5, device=device)
     optimizer = adamw([(net.parameters(), 1e-6, 0.0)], betas=(0.9, 0.999))
+    in_bfloat16 = Rounded(net)
     for _ in range(1000):
         optimizer.zero_grad()
-        with rounded(net):
+        with in_bfloat16:
             y = net(x.to(net.weight.dtype))
             y.float().sum().backward()
         optimizer.step()
@@ -128,7 +129,7 @@ def test_rounded_weights_give_their_gradient_to_the_weights_themselves():
     net[1].requires_grad_(False)
     weights = list(net.parameters())
     x = torch.randn(4, 5, device="cuda")
-    with rounded(net):
+    with Rounded(net):
         assert net[0].weight.dtype == torch.bfloat16 and net[1].weight.dtype == torch.float32
         net[1](net[0](x.bfloat16()).float()).sum().backward()
     assert all(p is w for p, w in zip(net.parameters(), weights)), "the weights are back"
