@@ -1,9 +1,9 @@
-"""A sentence -> a 3D object, by multi-view score distillation (MVDream §3.3).
+"""A sentence -> a 3D object, by multi-view score distillation (MVDream §3.2).
 
     python distill.py "a bulldog wearing a crown"
     python distill.py "an astronaut riding a horse" --model mvdream-sd21
 
-A field is rendered from four random sides, the model says how the pictures should change, and the
+A field is rendered from random sides, four at a time, the model says how the pictures should change, and the
 field learns. --mode 2d asks the same network without cameras, as DreamFusion does: compare the
 faces. After Ctrl-C or a kill the same command with --resume goes on.
 """
@@ -43,7 +43,7 @@ LOG_EVERY = 10
 FIRST_LOOK = 20
 # A run of fewer steps is too short to make up for compiling.
 COMPILE_FROM = 1000
-# What an earlier run may have had otherwise when --resume goes on.
+# Settings that may differ when a run is resumed.
 MAY_CHANGE = ("save_every", "show_every", "compile")
 
 
@@ -92,7 +92,7 @@ def show_progress(distillation, x0_hat, out, done):
     pictures.save_png(out / "progress" / f"{done:06d}.png", pictures.grid(rows, s.views))
     figures = {"Progress: the field, and what the model believes": progress_files(out)}
     write_page(out, s.prompt, f"{done} of {s.steps} steps", asdict(s), figures, live=True)
-    # Each picture takes its own number of samples.
+    # A picture's allocations vary in size: give their memory back to the step.
     torch.cuda.empty_cache()
 
 
@@ -207,13 +207,16 @@ def distill(s, prompts, model, out, state=None):
         visits[everywhere] = GraphedStep(visit, device)
     show_every = s.show_every or max(FIRST_LOOK, s.steps // 20)
     can_be_compiled = s.compile and s.steps >= COMPILE_FROM and can_compile(device)
-    stage, compiled = None, False
+    coarse, fine = sds.stages(s)
+    # A run has up to three stretches: eager, coarse, fine. At the start of each the step is made
+    # anew, since its code or its shapes change.
+    stage, compiled, graphed = None, False, None
 
     with cli.interrupt_flag() as interrupted, side_stream(device):
         bar = tqdm(range(start, s.steps), initial=start, total=s.steps, desc=s.prompt)
         for step in bar:
             progress = step / s.steps
-            wanted = sds.stages(s)[progress >= s.fine_from]
+            wanted = fine if progress >= s.fine_from else coarse
             compile_now = can_be_compiled and step >= FIRST_LOOK
             if compile_now and not compiled:
                 model.compile_networks()

@@ -2,7 +2,7 @@
 
     python dreambooth.py photos/ --prompt "a photo of [v] bulldog" --out runs/my-dog
     python sample.py "[v] bulldog wearing a top hat" --model runs/my-dog
-    python distill.py "[v] bulldog" --model runs/my-dog
+    python distill.py "[v] bulldog" --model runs/my-dog --guidance 2.5
 
 "[v]" stands for the identifier, a rare word that comes to mean the subject. The photos are shown
 in 2D mode, and the UNet θ learns, starting from θ0 (multi-view DreamBooth, MVDream §3.3):
@@ -79,8 +79,7 @@ class DreamBoothSettings:
     )
     class_preservation: float = setting(
         0.0,
-        "weight of a second such loss: what the UNet makes of the prompt without [v] is held "
-        "where it was",
+        "weight of the loss that keeps what the UNet makes of the prompt without [v]",
         min=0,
     )
     identifier_lr: float = setting(
@@ -88,8 +87,8 @@ class DreamBoothSettings:
     )
     text_preservation: float = setting(
         0.0,
-        "if that row learns, weight of a third such loss: what the text tower makes of the rest "
-        "of a prompt is held where it was",
+        "if that row learns, weight of the loss that keeps what the text tower makes of the rest "
+        "of a prompt",
         min=0,
     )
     flips: bool = setting(False, "show the photos mirrored, too: only if the subject is symmetric")
@@ -122,7 +121,7 @@ class Subject:
 def preserve(weights, start, strength):
     """Add the gradient of λ ‖θ - θ0‖₁ / N_θ: w.grad += λ sign(w - w0) / N_θ.
 
-    weights, start: lists of float32 tensors, θ and θ0. (A bfloat16 θ could not tell them apart.)
+    weights, start: lists of float32 tensors, θ and θ0. (In bfloat16, θ - θ0 would round to 0.)
     A weight without a gradient, such as the camera's, has not moved and stays. Returns a tensor
     [4]: ‖θ - θ0‖₁ / N_θ, ‖θ - θ0‖₂, and the 2-norms of both gradients: of the other losses, and of
     this one.
@@ -203,13 +202,14 @@ class FineTuning:
 
     def draw(self, wordings):
         """A batch of photos: scaled latents [B, 1, c, h, w], and which wording names each [B]."""
-        posteriors = self.subject.posteriors
-        choices = torch.arange(wordings, device=self.device).expand(posteriors.shape[1], -1)
-        z, wording = data.image_batch(posteriors, choices, self.s.batch)
+        copies, photos = self.subject.posteriors.shape[:2]
+        counts = photos, copies, wordings
+        photo, copy, wording = data.draw_indices(counts, self.s.batch, self.device)
+        z = data.sample_posterior(self.subject.posteriors[copy, photo])
         return self.model.config.vae.scale_factor * z, wording
 
     def text_loss(self, context, wording):
-        """How far the text tower's output has moved beside [v], the mean over all numbers.
+        """How far the text tower's output has moved at all tokens but [v], mean square.
 
         All tokens count but the identifier's: words, the end, and the padding, too, to which the
         UNet attends as to any other token.
@@ -313,7 +313,10 @@ def finetune(model, subject, s, out, state=None, *, show=None):
 
 
 def log_row(means, strength):
-    """The seven numbers of a step by name. share: the preservation's part of the gradient."""
+    """The seven numbers of a step by name.
+
+    The losses but the first include their weights. share: the preservation's part of the gradient.
+    """
     loss, of_class, of_text, l1, l2, gradient, pull = means.tolist()
     return {
         "loss": loss,
@@ -422,7 +425,7 @@ def read_state(s, out):
 def main(argv=None):
     """The command: photos -> `--out` with the model.
 
-    argv: the flags, or the command line's. Raises UserError; KeyboardInterrupt after Ctrl-C.
+    argv: the flags; None: the command line's. Raises UserError; KeyboardInterrupt after Ctrl-C.
     """
     s = cli.parse(DreamBoothSettings, argv, __doc__, preset_settings)
     check_prompt(s.prompt)

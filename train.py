@@ -1,4 +1,4 @@
-"""Train MVDream: from nothing, first the autoencoder, then the UNet with the text tower (§3.2).
+"""Train MVDream: from nothing, first the autoencoder, then the UNet with the text tower (MVDream §3.1).
 
     python -m mvd.toyworld --out data/toy --objects 3600 --images 14400
     python train.py --data data/toy --out runs/tiny
@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from mvd import data, diffusion, presets
 from mvd.cameras import VIEWS
-from mvd.model import PRESETS, MVDream
+from mvd.model import MVDream
+from mvd.presets import PRESETS
 from mvd.tools import cli, run
 from mvd.tools.cli import setting
 from mvd.tools.device import (
@@ -40,10 +41,12 @@ from mvd.tools.page import write_page
 from mvd.tools.pictures import grid, save_png
 from mvd.tools.vocabulary import IDENTIFIERS, words_of
 
-# MVDream §3.2: the share of multi-view batches.
+# MVDream §3.1: the share of multi-view batches.
 MULTIVIEW_SHARE = 0.7
 # The share of texts that are left out, for guidance.
 UNCONDITIONAL_SHARE = 0.1
+# Weight of the autoencoder's squared error, beside the absolute one.
+SQUARED_WEIGHT = 5
 # Weight of the autoencoder's KL divergence, per number of the latents.
 KL_WEIGHT = 1e-4
 LOG_EVERY = 100
@@ -109,14 +112,15 @@ def default_settings(flags):
 def vae_loss(vae, images):
     """Pixel errors, absolute and squared, and the KL divergence of the latents to N(0, I).
 
-    Rombach et al. 2022, §3.1. images [N, 3, H, W] in [-1, 1].
+    Rombach et al. 2022, §3.1, without their perceptual and adversarial losses. images
+    [N, 3, H, W] in [-1, 1].
     """
     mean, logvar = vae.encode(images)
     z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
     error = vae.decode(z).float() - images
     mean, logvar = mean.float(), logvar.float()
     kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-    return error.abs().mean() + 5 * (error**2).mean() + KL_WEIGHT * kl
+    return error.abs().mean() + SQUARED_WEIGHT * (error**2).mean() + KL_WEIGHT * kl
 
 
 def diffusion_loss(model, z, tokens, camera, no_tokens):
@@ -307,7 +311,10 @@ class Training:
     # ---- the autoencoder, or its decoder ----
 
     def draw_pictures(self, batch, share=0.5):
-        """Three of four from the sets, on random greys, `share` of them in other colours."""
+        """[batch, 3, H, W] in [-1, 1], on random greys, a `share` of them in other colours.
+
+        Three quarters come from the sets, the rest are single images.
+        """
         n = batch * 3 // 4
         i, view = data.draw_indices(self.sets.shape[:2], n, self.device)
         (j,) = data.draw_indices(self.images.shape[:1], batch - n, self.device)
@@ -450,7 +457,7 @@ def read_state(s, out):
 def main(argv=None):
     """The command: a data folder -> `--out` with the model.
 
-    argv: the flags, or the command line's. Raises UserError; KeyboardInterrupt after Ctrl-C.
+    argv: the flags; None: the command line's. Raises UserError; KeyboardInterrupt after Ctrl-C.
     """
     s = cli.parse(TrainSettings, argv, __doc__, default_settings)
     if s.steps == 0 and not (s.init and s.vae_steps):

@@ -123,7 +123,8 @@ def step_parts(s, distillation):
     """Whole steps, with and without shading: (name, function, bytes that it must move)."""
     for shading in (False, True):
         for stage in sds.stages(s):
-            one = copy.copy(distillation)  # all share the field and its optimizer
+            # A shallow copy: its own settings and stage, but the same field and optimizer.
+            one = copy.copy(distillation)
             one.s = replace(s, shading=shading)
             one.begin(stage, s.compile)
             one.anneal(0.5)
@@ -132,7 +133,10 @@ def step_parts(s, distillation):
 
 
 def traffic(s, stage):
-    """Bytes that the hash grid moves in a step: eight corners of two float32 per sample, thrice."""
+    """Bytes that the hash grid moves in a step.
+
+    Eight corners of two float32 per level and sample: read, and for the gradient read and written.
+    """
     corners = s.levels * 8 * 2 * 4
     return 3 * corners * stage.budget
 
@@ -264,12 +268,12 @@ def describe(device, dtype, flops_per_s, bytes_per_s, seconds):
         name = torch.cuda.get_device_name(device)
     return (
         f"{name}, {str(dtype).removeprefix('torch.')}, {flops_per_s / 1e12:.3g} TFLOP/s, "
-        f"{bytes_per_s / 1e9:.3g} GB/s; the model was there after {seconds:.1f} s"
+        f"{bytes_per_s / 1e9:.3g} GB/s; the model was loaded after {seconds:.1f} s"
     )
 
 
 def main(argv=None):
-    """The command: a line for every part as it is measured, then notes on what could not be."""
+    """The command: a line for every part as it is measured, then notes."""
     flags = cli.parse(BenchSettings, argv, __doc__)
     begin = time.time()
     device = choose_device(flags.device)

@@ -28,7 +28,7 @@ def orbit(elevation_deg, azimuth_deg, distance=1.0):
     """Cameras on a sphere around the origin, looking at it: camera-to-world [..., 4, 4], float32.
 
     The three arguments are numbers or tensors that broadcast to [...]. At an elevation of exactly
-    ±90 degrees the up direction is undefined, and the matrix is not a rotation.
+    ±90 degrees the up direction is that of the azimuth.
     """
     elevation = torch.as_tensor(elevation_deg, dtype=torch.float32)
     azimuth = torch.as_tensor(azimuth_deg, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Training data: rendered multi-view sets and captioned single images, mixed 70/30 (MVDream §3.2).
+"""Training data: rendered multi-view sets and captioned single images (MVDream §3.1).
 
 A data folder holds `index.jsonl`, one JSON object per line and picture file:
 
@@ -108,6 +108,8 @@ def read_folder(folder, views=cameras.VIEWS):
             raise UserError(
                 f"{folder}: training needs files of kind {kind!r}, all views of one size"
             )
+    if found["image"][0][1].shape[0] != 1:
+        raise UserError(f"{folder}: an image must be one square view, not a row of views")
     sets = torch.stack([picture for _, picture in found["set"]])
     if sets.shape[1] % views:
         raise UserError(

@@ -72,11 +72,12 @@ def predict_x0(x_t, t, eps):
 
 
 def predict_noise(unet, x_t, t, context, camera=None):
-    """ε_θ(x_t; y, c, t), float32: ask the network. Everybody who asks it does so here.
+    """ε_θ(x_t; y, c, t), float32: the only place that calls the network.
 
     So this is the place that knows what the network predicts: the noise. For one that predicts
     v = sqrt(ᾱ_t) ε - sqrt(1 - ᾱ_t) x_0 (Salimans & Ho 2022), return
     sqrt(ᾱ_t) v + sqrt(1 - ᾱ_t) x_t here, and samplers, distillation and training follow.
+    (Training then weights the error of v by ᾱ_t; for the plain one change `denoising_loss`, too.)
 
     x_t [B, V, c, h, w], t [B], context [B, L, D], camera [B, V, 16] or None for the 2D mode.
     """
@@ -105,6 +106,19 @@ def guide(eps_cond, eps_uncond, scale):
     return eps_uncond + scale * (eps_cond - eps_uncond)
 
 
+def guided_noise(unet, x_t, t, context, camera, scale):
+    """Ask with the prompts and with the negative prompts: (guided ε̂, ε̂ with the text), float32.
+
+    x_t [B, V, c, h, w], t [B]; context [2B, L, D]: B prompts, then B negative prompts. camera
+    [B, V, 16] or None: both halves keep it (MVDream, appendix).
+    """
+    if camera is not None:
+        camera = torch.cat([camera, camera])
+    both = predict_noise(unet, torch.cat([x_t, x_t]), torch.cat([t, t]), context, camera)
+    conditional, unconditional = both.chunk(2)
+    return guide(conditional, unconditional, scale), conditional
+
+
 def rescale(guided, conditional, phi):
     """Give guided predictions the contrast of unguided ones, float32 (Lin et al. 2023, eq. 15-16).
 
@@ -124,8 +138,8 @@ def timesteps(steps):
     """The time steps that a sampler visits, in its order: [steps] int64, descending, in 0..999.
 
     t_i = 1 + floor(1000 i / steps), which is the released rule where `steps` divides 1000: 981,
-    961, ..., 21, 1 for 50. All 1000 steps leave no room for the 1. Raises UserError unless
-    1 <= steps <= 1000.
+    961, ..., 21, 1 for 50. For 1000 steps the offset 1 is left out, since t would reach 1000.
+    Raises UserError unless 1 <= steps <= 1000.
     """
     if not 1 <= steps <= NUM_TIMESTEPS:
         raise UserError(f"steps is {steps}, but a sampler takes 1 to {NUM_TIMESTEPS} steps")
@@ -148,7 +162,7 @@ def ddim_step(x_t, eps, abar_t, abar_prev, eta=0.0, noise=0.0):
 
 
 def ddpm_step(x_t, eps, abar_t, abar_prev, noise):
-    """x_t -> x_prev, a sample of q(x_prev | x_t, x_0), float32 (DDPM eq. 7), noise ~ N(0, I).
+    """x_t -> x_prev, a sample of q(x_prev | x_t, x̂_0), float32 (DDPM eq. 7), noise ~ N(0, I).
 
     The two time steps need not be neighbours: alpha = ᾱ_t / ᾱ_prev is the signal kept between.
     """
@@ -197,10 +211,3 @@ def sampling_steps(
         else:
             x = ddim_step(x, eps, abar_t, abar_prev, eta, draw_noise() if eta else 0.0)
         yield x, x0
-
-
-def sample_latents(eps_fn, shape, *settings, **more):
-    """The result of `sampling_steps`, which see: latents of the shape (B, V, c, h, w)."""
-    for x, _ in sampling_steps(eps_fn, shape, *settings, **more):
-        pass
-    return x

@@ -15,7 +15,7 @@ class GroupNorm(nn.GroupNorm):
     """x [N, C, h, w] -> normalised x: float32 where it is compiled, else in x's number format.
 
     The numbers are those of nn.GroupNorm, whose kernel runs where nothing is compiled. The result
-    is not rounded to the weights' format: what follows, a SiLU, comes first (`unet.Conv2d`).
+    is not rounded before the SiLU that follows; the next convolution does that (`unet.Conv2d`).
     """
 
     def forward(self, x):

@@ -36,7 +36,7 @@ class HashGridConfig:
 @dataclass
 class Level:
     """One grid over the cube, and its part of the table."""
-    cells: float        # width of the cube in cells
+    width: float        # of the cube, in cells
     vertices: int       # per axis
     dense: bool         # every vertex has its own entry; else they share by the hash
     size: int           # entries
@@ -52,13 +52,13 @@ def levels_of(config):
     most = 2 ** config.log2_entries
     levels = []
     for number in range(config.levels):
-        # A level of N cells per axis, the outermost of which stand half outside the cube: so the
-        # cube is N - 1 cells wide, and there are N + 1 vertices.
-        cells = config.coarsest * growth ** number - 1
-        vertices = math.ceil(cells) + 2
+        # A level has N = coarsest · growth^number cells per axis. Positions are shifted by half a
+        # cell, so the cube covers positions 0.5 to N - 0.5: N - 1 cells wide, N + 1 vertices.
+        width = config.coarsest * growth ** number - 1
+        vertices = math.ceil(width) + 2
         dense = vertices ** 3 <= most
         size = vertices ** 3 if dense else most
-        levels.append(Level(cells, vertices, dense, size))
+        levels.append(Level(width, vertices, dense, size))
 
     hashed = [level for level in levels if not level.dense]
     dense = [level for level in levels if level.dense]
@@ -79,7 +79,7 @@ def encode_plainly(table, x, config):
     for level in levels_of(config):
         # Rule: half a cell is added. Otherwise the cells of all levels would share borders at 0,
         # 1/2 and 1, and the interpolation has a kink at a border.
-        position = x * level.cells + 0.5  # [N, 3], in cells
+        position = x * level.width + 0.5  # [N, 3], in cells
         cell = position.detach().floor()
         fraction = position - cell
 
@@ -184,7 +184,7 @@ class HashGrid(nn.Module):
         self.constant("starts", starts[:, None])
         dense = torch.tensor([level.dense for level in levels])
         self.constant("dense", dense[:, None])
-        cells = torch.tensor([level.cells for level in levels])
+        cells = torch.tensor([level.width for level in levels])
         self.constant("cells", cells[:, None])
 
         entries = sum(level.size for level in levels)

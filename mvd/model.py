@@ -1,4 +1,4 @@
-"""MVDream: UNet, VAE, text tower and noise schedule as one object that loads, samples and saves."""
+"""MVDream: UNet, VAE and text tower as one object that loads, samples and saves."""
 import copy
 import json
 import warnings
@@ -15,7 +15,7 @@ from .tools.device import GraphedStep, side_stream, without_cudnn_search
 from .tools.errors import UserError
 from .tools.files import write_atomic, write_safetensors
 from .tools.vocabulary import known_part
-from .unet import MultiViewUNet, camera_mlp
+from .unet import MultiViewUNet, zero_camera_mlp
 from .vae import VAE
 
 # The model that the repository ships.
@@ -42,8 +42,8 @@ def read_model(path):
     """The file or folder of a model -> (ModelConfig, {"unet": tensors, "vae": ..., "text": ...}).
 
     The configuration is in the header of a file that `MVDream.save` wrote; else it follows from
-    the shapes of the tensors (`weights.sizes`). The tensors have our names and stay mapped: what
-    is not used is not read. Raises UserError for a file that is damaged or of another kind.
+    the shapes of the tensors (`weights.sizes`). The tensors have our names and are memory-mapped:
+    bytes are read when they are used. Raises UserError for a file that is damaged or of another kind.
     """
     tensors, header = checkpoint.read(path)
     try:
@@ -142,7 +142,7 @@ class MVDream(nn.Module):
                 "3D mode must be trained first (train.py --init)",
                 stacklevel=2,
             )
-            for key, tensor in camera_mlp(config.unet).state_dict().items():
+            for key, tensor in zero_camera_mlp(config.unet).state_dict().items():
                 parts["unet"][f"camera_mlp.{key}"] = tensor
         if override:
             config = presets.override(config, override)
@@ -152,7 +152,7 @@ class MVDream(nn.Module):
             module = getattr(model, part)
             check_tensors(path, part, module.state_dict(), parts)
             for key in tensors:
-                # In this order a GPU does the rounding.
+                # Move first, then convert: the GPU rounds faster.
                 tensors[key] = tensors[key].to(device).to(dtype)
             module.load_state_dict(tensors, assign=True)
         return model.requires_grad_(False).eval()
@@ -200,8 +200,9 @@ class MVDream(nn.Module):
     def compile_networks(self):
         """Let torch.compile fuse the operations of UNet and autoencoder, in place, when they run.
 
-        That takes half a minute each, and again for every new shape, eight at most. The weights
-        are laid out as a GPU's fast convolutions want them, channels last.
+        That takes half a minute each, and again for a new shape; after eight shapes PyTorch gives
+        up and runs uncompiled. The weights are laid out as a GPU's fast convolutions want them,
+        channels last.
         """
         self.to(memory_format=torch.channels_last)
         for network in (self.unet, self.vae.encoder, self.vae.decoder):
@@ -236,21 +237,6 @@ class MVDream(nn.Module):
 
     # ---- sampling ----
 
-    def guided_noise(self, context, camera, guidance, rescale=0.0):
-        """The function (x_t, t) -> guided ε̂, float32, that a sampler asks.
-
-        context [2B, L, D]: B prompts, then B negative prompts. camera [2B, V, 16] or None: in
-        guidance both halves keep it (MVDream, appendix).
-        """
-        def eps(x, t):
-            twice = x.repeat(2, 1, 1, 1, 1)  # [2B, V, c, h, w]
-            both = diffusion.predict_noise(self.unet, twice, t.repeat(2), context, camera)
-            conditional, unconditional = both.chunk(2)
-            guided = diffusion.guide(conditional, unconditional, guidance)
-            return diffusion.rescale(guided, conditional, rescale) if rescale else guided
-
-        return eps
-
     @torch.no_grad()
     def sample(
         self, prompt, negative=None, *, views=cameras.VIEWS, steps=50, guidance=None, rescale=0.0,
@@ -282,17 +268,23 @@ class MVDream(nn.Module):
             prompts = [known_part(p, config.text) + config.suffix for p in prompts]
             azimuths = azimuth + torch.arange(views) * span / views
             camera = cameras.extrinsics(cameras.orbit(elevation, azimuths)).to(device)  # [V, 16]
-            camera = camera.repeat(2 * B, 1, 1)
+            camera = camera.repeat(B, 1, 1)
         unconditional = self.embed([negative]).expand(B, -1, -1)
         context = torch.cat([self.embed(prompts), unconditional])  # [2B, L, D]
 
-        eps_fn = GraphedStep(self.guided_noise(context, camera, guidance, rescale), device)
+        def guided_noise(x, t):
+            eps, conditional = diffusion.guided_noise(
+                self.unet, x, t, context, camera, guidance
+            )
+            return diffusion.rescale(eps, conditional, rescale) if rescale else eps
+
         h = size // 2 ** (len(config.vae.channel_mult) - 1)
         shape = (B, views, config.unet.in_channels, h, h)
         times = diffusion.timesteps(steps).tolist()
         generator = torch.Generator().manual_seed(seed)
         states = diffusion.sampling_steps(
-            eps_fn, shape, steps, sampler, eta, generator=generator, device=device
+            GraphedStep(guided_noise, device), shape, steps, sampler, eta,
+            generator=generator, device=device,
         )
         with side_stream(device):
             for _, (latents, _) in zip(progress(times), states):

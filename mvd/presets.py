@@ -1,8 +1,9 @@
 """Models by name: how large their networks are, and with which settings the scripts use them.
 
 This is the place to read the settings of a model, and to change them. Each script has defaults of
-its own (the released model's); a preset lists what is different for its model, `--help` shows the
-outcome for the model that the command line names, and a run prints it at its start.
+its own: the released model's, but train.py's are the tiny model's. A preset lists what is different
+for its model, `--help` shows the outcome for the model that the command line names, and a run
+prints it at its start.
 
 A file of weights holds sizes, words and the *name* of a preset, not the settings. So what you
 edit here takes effect for every file that was trained with that preset.
@@ -42,7 +43,7 @@ class Preset:
     dreambooth: dict = field(default_factory=dict)
 
 
-# ---- the released model: the scripts' own defaults -------------------------------------------
+# ---- the released model: the defaults of sample.py, distill.py and dreambooth.py --------------
 
 SD21 = Preset(ModelConfig())
 
@@ -88,7 +89,6 @@ TINY = Preset(
         coarse_size=32,
         coarse_sets=1,
         fine_size=64,
-        fine_sets=1,
         coarse_budget=49152,
         fine_budget=49152,
         step_size=0.027,
@@ -106,7 +106,6 @@ TINY = Preset(
         density_threshold=10.0,
     ),
     dreambooth=dict(
-        steps=600,
         batch=16,
         lr=2e-4,
         cosine=True,
@@ -195,8 +194,8 @@ def to_header(config):
 def from_header(header):
     """The ModelConfig of a file that mvd wrote.
 
-    Files from before there were presets name none: theirs is the one whose UNet is nearest in
-    width, and the settings that they hold are ignored. Raises UserError for a preset that this
+    Older files name no preset: they get the one whose UNet is nearest in width, and the settings
+    that they hold are ignored. Raises UserError for a preset that this
     version does not have; TypeError or KeyError for a header of another version.
     """
     sizes = {}
@@ -227,7 +226,7 @@ def nearest_preset(unet):
 def override(config, changes):
     """A copy of a ModelConfig with some fields changed: {"unet.head_dim": 16, "size": 96}.
 
-    Raises UserError for a field that there is not.
+    Raises UserError for an unknown field.
     """
     config = copy.deepcopy(config)
     for name, value in changes.items():

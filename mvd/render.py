@@ -54,9 +54,10 @@ class OccupancyGrid(nn.Module):
         return self.density_max.device
 
     def occupied(self, step):
-        """[size³] bool: has a step of this length there more optical depth than empty space?
+        """[size³] bool: the cells in which a step of this length needs a sample.
 
-        The limit is the mean over all cells, or the threshold where that is lower.
+        They are those whose greatest optical depth, density_max · step, exceeds the mean over all
+        cells, or the threshold if that is lower.
         """
         depth = self.density_max * step
         return depth > depth.mean().clamp(max=self.threshold)
@@ -190,32 +191,33 @@ def cells_along(start, along, k, size):
 def select_samples(origins, directions, first, counts, *, step, budget, phase):
     """Fit the n steps that `march_rays` found into `budget` slots: Samples.
 
-    n <= budget: every step gets a slot; those that are left have width 0 and weigh nothing.
-    n > budget: every step has the same chance, budget / n, to be chosen. The chosen ones lie evenly
-    among all, and their widths grow by n / budget, so that the expected optical depth of any
-    stretch of a ray stays what it was.
+    With `wanted` the list of these steps, by ray and then by distance:
 
-    first [R] and counts [R * K] as `march_rays` returns them; phase [], a tensor in [0, 1): where
-    the even row of chosen ones begins.
+        n <= budget:  slot s takes wanted[s]; the slots that are left get width 0
+        n >  budget:  slot s takes wanted[floor((s + phase) · n / budget)], widths grow by n / budget
+
+    So every step has the same chance, the chosen ones lie evenly among all, and the expected
+    optical depth of any stretch of a ray stays what it was.
+
+    first [R] and counts [R * K] as `march_rays` returns them; phase [], a tensor in [0, 1).
     """
     n = counts[-1]
     steps = len(counts) // len(origins)
-    # Slot s takes step number (s * row + offset) // budget, counted from 0, where `row` is n or,
-    # if that is more, the budget. Integers are exact.
-    row = n.clamp(min=budget).long()
-    offset = (phase.double() * row).long()
+    # Over how many steps the slots are spread: n or, if that is more, the budget. Integers are
+    # exact, and no shape depends on n.
+    spread = n.clamp(min=budget).long()
+    offset = (phase.double() * spread).long()
     slot = torch.arange(budget, device=n.device)
-    number = (slot * row + offset) // budget
-    # That step is where the running count reaches number + 1.
-    reached = (number + 1).to(torch.int32)
-    place = torch.searchsorted(counts, reached, out_int32=True)
-    place = place.clamp(max=len(counts) - 1)
+    index = (slot * spread + offset) // budget
+    # wanted[index] is where the running count reaches index + 1.
+    ray_and_step = torch.searchsorted(counts, (index + 1).to(torch.int32), out_int32=True)
+    ray_and_step = ray_and_step.clamp(max=len(counts) - 1)
 
-    ray = place // steps
-    distance = first[ray] + (place % steps) * step
+    ray = ray_and_step // steps
+    distance = first[ray] + (ray_and_step % steps) * step
     position = torch.addcmul(origins[ray], directions[ray], distance[:, None])
-    used = number < n
-    width = used * (row / budget * step).to(distance.dtype)
+    used = index < n
+    width = used * (spread / budget * step).to(distance.dtype)
     return Samples(ray, position, distance, width)
 
 

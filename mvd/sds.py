@@ -1,9 +1,10 @@
-"""Multi-view score distillation (MVDream §3.3): the diffusion model teaches a radiance field.
+"""Multi-view score distillation (MVDream §3.2): the diffusion model teaches a radiance field.
 
-Four views of the field are rendered, encoded and noised to one time step t. The guided model
-predicts the clean latents x̂_0 of all four together, and the rendered latents x_0 are drawn to
-them: that is the gradient of the field. Without rescale it is the classic one (DreamFusion eq. 3)
-with the weight σ_t / α_t.
+One step: render V views of the field, encode them to latents x_0, noise them to one time step t,
+let the guided model predict the clean latents x̂_0 of all views together, and take the loss
+½‖x_0 - sg(x̂_0)‖². Its gradient runs back through the encoder and the renderer into the field; the
+UNet is not differentiated. Since x_0 - x̂_0 = sqrt((1 - ᾱ_t) / ᾱ_t) (ε̂ - ε), this is SDS
+(DreamFusion eq. 3) with that weight, as long as the guidance rescale is off.
 
 From top to bottom: the settings, the random draws, the loss, and `Distillation`, whose `step` is
 the whole method on one screen.
@@ -24,15 +25,19 @@ NEGATIVE = (
     "unclear, cropped, lowres, low quality, artifacts, duplicate, morbid, mutilated, poorly drawn "
     "face, deformed, dehydrated, bad proportions"
 )
-# Weight of the orientation loss, at first and from `shading_from` on.
+# Weight of the orientation loss: at first, and from `shading_from` on; between them a straight line.
 ORIENTATION = (10.0, 1000.0)
+# Of random cameras (MVDream, appendix): degrees, degrees, and multiples of 1 / tan(fov/2).
+ELEVATION = (0.0, 30.0)
+FOV = (15.0, 60.0)
+DISTANCE = (0.8, 1.0)
 
 
 @dataclass
 class DistillSettings:
     """The flags of distill.py. The defaults are the released ones, for the full-size model.
 
-    They stand here since `Distillation` and bench.py read them. A model's preset may change them
+    But the budgets of samples, and the finer occupancy grid, are ours. The flags stand here since `Distillation` and bench.py read them. A model's preset may change them
     (`presets.py`).
     """
     prompt: str = setting(help="what to make, in quotes", positional=True)
@@ -62,6 +67,7 @@ class DistillSettings:
 
     # what the model is asked
     negative: str = setting(NEGATIVE, "negative prompt")
+    # The released distillation adds none, unlike sampling (ModelConfig.suffix).
     suffix: str = setting("", "what is added to the prompt in 3d mode")
     guidance: float = setting(50.0, "guidance scale", min=0)
     rescale: float = setting(0.5, "guidance rescale of the x0 loss", min=0, max=1)
@@ -70,10 +76,10 @@ class DistillSettings:
         "x0: reconstruction of the predicted latents; sds: the classic gradient",
         choices=("x0", "sds"),
     )
-    t_start: float = setting(0.98, "time at the start, of 1", min=0, max=1)
-    t_min: float = setting(0.02, "least time at the end", min=0, max=1)
-    t_max: float = setting(0.50, "greatest time at the end", min=0, max=1)
-    anneal: float = setting(0.8, "share of the run over which the times fall", min=0.001, max=1)
+    t_start: float = setting(0.98, "noise at the start, as a share of the 1000 time steps", min=0, max=1)
+    t_min: float = setting(0.02, "least noise at the end", min=0, max=1)
+    t_max: float = setting(0.50, "greatest noise at the end", min=0, max=1)
+    anneal: float = setting(0.8, "share of the run over which the noise falls", min=0.001, max=1)
 
     # pictures
     views: int = setting(cameras.VIEWS, "views of a set, evenly round the object", min=1, max=64)
@@ -142,50 +148,43 @@ def draw_time(low, high, sets, device):
     return t.clamp(0, diffusion.NUM_TIMESTEPS - 1).expand(sets)
 
 
-def draw_cameras(
-    sets, views, device, *, elevation=(0.0, 30.0), fov_deg=(15.0, 60.0), distance=(0.8, 1.0)
-):
+def draw_cameras(sets, views, device):
     """Random sets of cameras round the object, the views of a set 360/views degrees apart.
 
     MVDream, appendix. The elevation is half of the time uniform in degrees, else uniform on the
-    sphere, asin(U[0, 1/3]); the distance is U[distance] / tan(fov/2). A set shares its elevation,
-    field of view and distance. Returns c2w [sets, views, 4, 4] and fov [sets], in degrees.
+    sphere, asin(U[0, 1/3]), as released: up to 19.5 degrees. The distance is U[DISTANCE] /
+    tan(fov/2). A set shares its elevation, field of view and distance. Returns c2w [sets, views, 4, 4] and fov [sets], in degrees.
     """
     def uniform(low, high):
         return low + (high - low) * torch.rand(sets, device=device)
 
     on_sphere = torch.rad2deg(torch.asin(torch.rand(sets, device=device) / 3))
     in_degrees = torch.rand(sets, device=device) < 0.5
-    elevations = torch.where(in_degrees, uniform(*elevation), on_sphere)[:, None]  # [sets, 1]
+    elevations = torch.where(in_degrees, uniform(*ELEVATION), on_sphere)[:, None]  # [sets, 1]
     turn = torch.rand(sets, 1, device=device) + torch.arange(views, device=device)
     azimuths = turn * (360 / views)  # [sets, views]
-    fov = uniform(*fov_deg)
-    distances = uniform(*distance) / torch.tan(torch.deg2rad(fov) / 2)
+    fov = uniform(*FOV)
+    distances = uniform(*DISTANCE) / torch.tan(torch.deg2rad(fov) / 2)
     return cameras.orbit(elevations, azimuths, distances[:, None]), fov
 
 
 # ---- the loss --------------------------------------------------------------------------------
 
-def target(unet, x_t, t, context, camera, *, guidance, rescale):
+def predict_set(unet, x_t, t, context, camera, *, guidance, rescale):
     """The model's guided prediction for one set: (x̂_0, ε̂), [1, V, c, h, w] each, float32.
 
     x_t [1, V, c, h, w], t [1]; context [2, L, D]: the prompt, then the negative prompt;
     camera [1, V, 16], or None for the 2D mode. `rescale` mixes in x̂_0 with the standard
     deviation that the unguided one has over (V, c, h, w) (Lin et al. 2023, §3.4).
     """
-    camera = None if camera is None else torch.cat([camera, camera])
-    both = diffusion.predict_noise(
-        unet, torch.cat([x_t, x_t]), torch.cat([t, t]), context, camera
-    )
-    conditional, unconditional = both.split(1)
-    eps = diffusion.guide(conditional, unconditional, guidance)
+    eps, conditional = diffusion.guided_noise(unet, x_t, t, context, camera, guidance)
     x0 = diffusion.predict_x0(x_t, t, eps)
     x0_unguided = diffusion.predict_x0(x_t, t, conditional)
     return diffusion.rescale(x0, x0_unguided, rescale), eps
 
 
-def targets(unet, x_t, t, context, camera, *, guidance, rescale):
-    """`target` of B sets: x_t [B, V, c, h, w], t [B], context [2B, L, D], camera [B, V, 16].
+def predict_sets(unet, x_t, t, context, camera, *, guidance, rescale):
+    """`predict_set` of B sets: x_t [B, V, c, h, w], t [B], context [2B, L, D], camera [B, V, 16].
 
     The network is asked set by set, with tensors of one shape and layout, so that a compiler sees
     it once, however many sets there are.
@@ -194,7 +193,7 @@ def targets(unet, x_t, t, context, camera, *, guidance, rescale):
     x0s, noises = [], []
     for i in range(len(x_t)):
         one = slice(i, i + 1)
-        x0, eps = target(
+        x0, eps = predict_set(
             unet,
             x_t[one],
             t[one],
@@ -216,7 +215,7 @@ def distillation_loss(
     kind "x0":  ½ ‖x_0 - sg(x̂_0)‖² / (B·V)                (MVDream eq. 4, guidance rescale)
     kind "sds": a loss whose gradient is w(t) (ε̂ - ε) / (B·V), w = 1 - ᾱ_t, without rescale
                                                            (DreamFusion eq. 3)
-    x0 [B, V, c, h, w]: scaled, with gradient; t [B]; context and camera as in `targets`. noise:
+    x0 [B, V, c, h, w]: scaled, with gradient; t [B]; context and camera as in `predict_sets`. noise:
     standard normal like x0; drawn if not given, in the order of a contiguous x0, whatever its
     layout in memory.
     """
@@ -225,9 +224,11 @@ def distillation_loss(
     with torch.no_grad():
         x_t = diffusion.q_sample(x0, t, noise)
         phi = rescale if kind == "x0" else 0.0
-        x0_hat, eps = targets(unet, x_t, t, context, camera, guidance=guidance, rescale=phi)
+        x0_hat, eps = predict_sets(unet, x_t, t, context, camera, guidance=guidance, rescale=phi)
         aim = x0_hat
         if kind == "sds":
+            # The gradient of ½‖x_0 - aim‖² is x_0 - aim: with this aim, w(t) (ε̂ - ε). Only the
+            # gradient has a meaning then, the value of the loss has none.
             weight = 1 - diffusion.alpha_bar(t, x0)
             aim = x0 - weight * (eps - noise)
     views = math.prod(x0.shape[:2])
@@ -257,7 +258,7 @@ class Draws(NamedTuple):
     colour: torch.Tensor      # [3], the plain background
     plain: torch.Tensor       # [] bool: that, or the learned environment
     light: torch.Tensor       # [B, V, 3], the lamp's position; None without shading
-    kind: torch.Tensor        # [] in [0, 1): albedo, diffuse or textureless; None likewise
+    lit_kind: torch.Tensor    # [] in [0, 1): albedo, diffuse or textureless; None likewise
     softness: torch.Tensor    # [] in [0, 1); None likewise
     jitter: torch.Tensor      # [R], see `render.draw_jitter`
     phase: torch.Tensor       # []
@@ -272,7 +273,11 @@ class Step(NamedTuple):
 
 
 def pick(config_class, s):
-    """A config whose fields have the values of the settings s of the same name, else its own."""
+    """A config whose fields have the values of the settings s of the same name, else its own.
+
+    So a field of an encoding's config becomes a flag by adding it to DistillSettings. It must not
+    have the name of another flag, such as `steps` or `size`.
+    """
     names = [field.name for field in fields(config_class)]
     return config_class(**{name: getattr(s, name) for name in names if hasattr(s, name)})
 
@@ -280,7 +285,7 @@ def pick(config_class, s):
 class Distillation:
     """The field of a run, and the step that improves it.
 
-    `step` is `draw`, `render`, encode, noise, ask the model, and back. No shape in it depends on
+    `step` is `draw`, `render_images`, encode, noise, ask the model, and back. No shape in it depends on
     data, and nothing in it waits for the device, so that a CUDA graph can hold it: no `.item()`,
     no boolean indexing, no branch on a tensor, no tensor made of Python numbers. What changes in
     the course of a run is read from tensors, which `anneal` sets between two steps.
@@ -293,8 +298,13 @@ class Distillation:
         self.context = context
         self.device = device = context.device
         _, encoding_config = ENCODINGS[s.encoding]
-        config = pick(NeRFConfig, s)
-        config.grid = pick(encoding_config, s)
+        config = NeRFConfig(
+            encoding=s.encoding,
+            grid=pick(encoding_config, s),
+            hidden=s.hidden,
+            blob_strength=s.blob_strength,
+            lr=s.lr,
+        )
         self.nerf = NeRF(config).to(device)
         self.occupancy = render.OccupancyGrid(s.occupancy_cells).to(device)
         cuda = device.type == "cuda"
@@ -311,7 +321,9 @@ class Distillation:
     def begin(self, stage, compiled=False):
         """From here on, steps render this Stage; compiled: torch.compile fuses the rendering."""
         self.stage = stage
-        self.rendering = torch.compile(self.render, dynamic=False) if compiled else self.render
+        self.rendering = self.render_images
+        if compiled:
+            self.rendering = torch.compile(self.render_images, dynamic=False)
 
     def anneal(self, progress):
         """Set what changes in the course of a run. progress: the share that is done, 0..1."""
@@ -329,16 +341,16 @@ class Distillation:
         c2w, fov = draw_cameras(stage.sets, s.views, device)
         colour = torch.rand(1 if s.grey_background else 3, device=device).expand(3)
         plain = torch.rand((), device=device) < s.random_background
-        light = kind = softness = None
+        light = lit_kind = softness = None
         if s.shading:
-            kind, softness = torch.rand(2, device=device).unbind()
+            lit_kind, softness = torch.rand(2, device=device).unbind()
             light = render.draw_light(c2w[..., :3, 3])
         ray_count = stage.sets * s.views * stage.size**2
         jitter, phase = render.draw_jitter(ray_count, device)
-        return Draws(c2w, fov, colour, plain, light, kind, softness, jitter, phase)
+        return Draws(c2w, fov, colour, plain, light, lit_kind, softness, jitter, phase)
 
-    def render(self, draws):
-        """The field's images [B, V, 3, H, W] in [-1, 1], mean opacity [], orientation loss []."""
+    def render_images(self, draws):
+        """The field's images [B, V, 3, H, W] in [-1, 1], mean opacity [], orientation loss (0 if unlit)."""
         s, (size, sets, budget) = self.s, self.stage
         fov = draws.fov[:, None].expand(sets, s.views)
         origins, directions = cameras.rays(draws.c2w, fov, size)
@@ -371,8 +383,10 @@ class Distillation:
     def shading(self, draws):
         """The light of a step: albedo alone 25%, diffuse 37.5%, textureless 37.5% of the time."""
         pixels = self.stage.size**2
-        diffuse = draws.kind > 0.25
-        textureless = draws.kind > 0.625
+        # lit_kind: 0..0.25 albedo alone | 0.25..0.625 diffuse | 0.625..1 diffuse, and white.
+        # Before the light goes on, self.lit is 0, and so are softness and textureless.
+        diffuse = draws.lit_kind > 0.25
+        textureless = draws.lit_kind > 0.625
         light = draws.light[..., None, :].expand(-1, -1, pixels, -1).reshape(-1, 3)  # [R, 3]
         softness = draws.softness * diffuse * self.lit
         return render.Shading(light, softness, textureless * self.lit)
@@ -382,6 +396,7 @@ class Distillation:
         s, sets = self.s, self.stage.sets
         draws = self.draw()
         images, opacity, penalty = self.rendering(draws)
+        # Set by set, as in `predict_sets`: a compiler sees one shape.
         latents = [self.model.encode(of_set, sample=True) for of_set in images.split(1)]
         latents = torch.cat(latents)  # [B, V, c, h, w]
         t = draw_time(self.t_low, self.t_high, sets, self.device)

@@ -25,7 +25,8 @@ class TextConfig:
     layers: int = 24
     # How many of the last blocks are held, since the released file has them, but not run.
     unused_layers: int = 1
-    # Columns of CLIP's projection, held with its logit scale but not used. None: neither is held.
+    # Width of CLIP's text_projection, which is loaded and saved with its logit_scale but not used.
+    # None: the file has neither.
     output_dim: int | None = 1024
     context_length: int = 77
     # The words that the table of token vectors is cut to. Empty: all of CLIP's vocabulary.

@@ -23,7 +23,7 @@ from .groupnorm import GroupNorm
 
 @dataclass
 class UNetConfig:
-    """The defaults are Stable Diffusion 2.1's, 866 M parameters, with a camera MLP."""
+    """The defaults are Stable Diffusion 2.1's with a camera MLP: 868 M parameters."""
     in_channels: int = 4
     out_channels: int = 4
     model_channels: int = 320
@@ -65,8 +65,11 @@ def zero_module(layer):
     return layer
 
 
-def camera_mlp(config):
-    """A new camera MLP. Its output is zero at first, so Stable Diffusion is unchanged by it."""
+def zero_camera_mlp(config):
+    """A camera MLP for Stable Diffusion, which has none (`MVDream.load`): its output is zero.
+
+    So at first it changes nothing. A UNet that is trained from nothing has an ordinary one.
+    """
     mlp = embedding_mlp(config.camera_dim, 4 * config.model_channels)
     zero_module(mlp[-1])
     return mlp
@@ -82,10 +85,10 @@ class Conv2d(nn.Conv2d):
 
 
 class ResidualConv(Conv2d):
-    """A convolution of what flows from block to block.
+    """A convolution whose output is part of the residual stream, which blocks add to in turn.
 
-    That is float32 even where the weights are bfloat16, or else every sum of the residual stream
-    would be rounded to 8 bits.
+    It returns float32 even if the weights are bfloat16: a sum of many blocks would lose its small
+    terms in 8 bits.
     """
 
     def forward(self, x):
@@ -160,7 +163,7 @@ class Attention(nn.Module):
 class MultiViewTransformer(nn.Module):
     """Self-attention over all views, cross-attention to the text, a gated feed-forward network.
 
-    Each has a residual. The 3D attention of MVDream is one line of `forward`.
+    Each has a residual. The 3D attention of MVDream is two lines of `forward`.
     """
 
     def __init__(self, width, context_width, head_dim, groups):
@@ -191,10 +194,12 @@ class MultiViewTransformer(nn.Module):
         y = self.norm(x).to(self.proj_in.weight.dtype)
         y = self.proj_in(y.flatten(2).transpose(1, 2))  # [B·V, h·w, C]
 
-        if across_views:  # 3D: the tokens of all views see each other
+        if across_views:  # 3D attention: the tokens of all V views see each other
             y = y.reshape(sets, views * tokens, C)
         y = y + self.self_attention(self.norm1(y))
-        y = y.reshape(sets, views * tokens, C)  # all views of a set read the same text
+        # In both modes: the views of a set share one text, so context is not repeated V times.
+        # From here on the tokens of an image do not see each other.
+        y = y.reshape(sets, views * tokens, C)
         y = y + self.cross_attention(self.norm2(y), context)
         y = y + self.feed_forward(self.norm3(y))
 
@@ -205,7 +210,10 @@ class MultiViewTransformer(nn.Module):
 # ---- the U -----------------------------------------------------------------------------------
 
 class Block(nn.Module):
-    """One step of the U: those of its five layers that are there, in this order."""
+    """One entry of encoder, middle or decoder, numbered as in LDM.
+
+    It has some of five layers, and runs them in this order.
+    """
 
     def __init__(self, conv=None, res=None, attention=None, down=None, up=None):
         super().__init__()
@@ -280,7 +288,10 @@ class MultiViewUNet(nn.Module):
         return ResBlock(width_in, width, 4 * self.config.model_channels, self.config.groups)
 
     def new_transformer(self, width, level=None):
-        """A transformer of this UNet, or None for a level (0: the finest) that has none."""
+        """A transformer of this UNet, or None if the level (0: the finest) has none.
+
+        level None: the middle, which always has one.
+        """
         config = self.config
         if level is not None and 2**level not in config.attention_resolutions:
             return None

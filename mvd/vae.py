@@ -25,7 +25,7 @@ class VAEConfig:
     z_channels: int = 4
     # A diffusion model sees scale_factor * z.
     scale_factor: float = 0.18215
-    # Of a group norm. A group of one channel would forget how bright the picture is.
+    # Groups of every group norm: more than one channel each, or it removes the brightness.
     groups: int = 32
 
 
@@ -106,7 +106,7 @@ class DownLevel(nn.Module):
         x = self.blocks(x)
         if self.downsample is None:
             return x
-        # Padded on the right and below only: so the released weights were trained.
+        # Padded on the right and below only, as the released weights were trained.
         return self.downsample(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -175,7 +175,7 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """The two together. H × W pixels have latents of h = H / 2^(levels - 1) by w likewise."""
+    """The two together. H × W pixels have h × w latents, h = H / 2^(levels - 1), w likewise."""
 
     def __init__(self, config=None):
         super().__init__()

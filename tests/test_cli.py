@@ -80,7 +80,7 @@ def test_a_run_prints_what_is_not_its_default_and_why(capsys):
     cli.print_changes(given, other)
     assert capsys.readouterr().out.splitlines() == [
         'settings from the preset "other": --steps 20000 --learning-rate 0.25',
-        "settings from the command line: --no-shading --out 'my runs'",
+        "settings from the command line: --mode 3d --no-shading --out 'my runs'",
     ]
     cli.print_changes(cli.parse(Settings, ["a dog"]))
     assert capsys.readouterr().out == ""

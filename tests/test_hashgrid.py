@@ -36,7 +36,7 @@ def test_levels_are_laid_out_as_published(config):
     hashed_start = 0
     dense_start = entries * is_dense.count(False)
     for level, c, v, dense in zip(levels_of(config), cells, vertices, is_dense):
-        assert level.cells == pytest.approx(c)
+        assert level.width == pytest.approx(c)
         assert level.vertices == v
         assert level.dense == dense
         if dense:
@@ -73,7 +73,7 @@ def test_a_hashed_vertex_by_hand():
 def test_no_corner_lies_outside_a_dense_level():
     walls = torch.tensor([[0.0, 0, 0], [1, 1, 1], [1, 0, 0.5]], dtype=torch.float64)
     for level in levels_of(CONFIG):
-        cell = (walls * level.cells + 0.5).floor()
+        cell = (walls * level.width + 0.5).floor()
         assert cell.min() >= 0 and cell.max() + 1 < level.vertices
 
 

@@ -57,7 +57,9 @@ def fingerprint(tensors):
         header = f"{tensor.dtype} {list(tensor.shape)}".encode()
         content = tensor.flatten().view(torch.uint8).numpy().tobytes()
         digests.append(hashlib.sha256(header + content).hexdigest())
-    numbers = torch.cat([tensor.detach().double().flatten() for tensor in tensors])
+    # Pixels count as much as other numbers in [0, 1].
+    scaled = [t.double() / 255 if t.dtype == torch.uint8 else t.double() for t in tensors]
+    numbers = torch.cat([tensor.detach().flatten() for tensor in scaled])
     return {
         "hash": hashlib.sha256("".join(sorted(digests)).encode()).hexdigest(),
         "mean": numbers.mean().item(),

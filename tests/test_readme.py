@@ -36,9 +36,15 @@ def test_a_link_with_a_line_leads_to_the_function_that_it_names():
         )
 
 
-def test_headings_that_are_linked_are_there():
-    text = (ROOT / "README.md").read_text()
-    headings = re.findall(r"^#+ (.*)$", text, flags=re.M)
-    anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
-    for target in re.findall(r"\]\(#([^)]+)\)", text):
-        assert target in anchors, f"README.md has no heading for #{target}"
+def anchors(page):
+    """What the headings of a page are linked by."""
+    headings = re.findall(r"^#+ (.*)$", (ROOT / page).read_text(), flags=re.M)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_headings_that_are_linked_are_there(page):
+    targets = re.findall(r"\]\(([\w./]*)#([a-z][^)]+)\)", (ROOT / page).read_text())
+    assert targets
+    for file, heading in targets:
+        assert heading in anchors(file or page), f"{page}: there is no heading #{heading}"

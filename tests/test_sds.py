@@ -128,7 +128,7 @@ def test_a_network_that_predicts_v_has_the_same_target(unet, case, monkeypatch):
     x_t, _, _ = guided_noise(unet, case)
     question = x_t, case["t"], case["context"], case["camera"]
     options = dict(guidance=GUIDANCE, rescale=0.5)
-    x0_expected, eps_expected = sds.targets(unet, *question, **options)
+    x0_expected, eps_expected = sds.predict_sets(unet, *question, **options)
 
     def velocity(x_t, t, context, camera):
         eps = unet(x_t, t, context, camera)
@@ -142,13 +142,13 @@ def test_a_network_that_predicts_v_has_the_same_target(unet, case, monkeypatch):
         return abar.sqrt() * v + (1 - abar).sqrt() * x_t
 
     monkeypatch.setattr(diffusion, "predict_noise", predict_noise)
-    x0, eps = sds.targets(velocity, *question, **options)
+    x0, eps = sds.predict_sets(velocity, *question, **options)
     torch.testing.assert_close(x0, x0_expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(eps, eps_expected, rtol=1e-4, atol=1e-4)
 
 
 def test_one_compiled_unet_serves_any_number_of_sets(unet, case):
-    """`targets` asks set by set, with tensors of one shape and layout: one graph is enough."""
+    """`predict_sets` asks set by set, with tensors of one shape and layout: one graph is enough."""
     graphs = []
 
     def count(graph, example):
@@ -159,11 +159,11 @@ def test_one_compiled_unet_serves_any_number_of_sets(unet, case):
     x0, t, camera = case["x0"], case["t"], case["camera"]
     options = dict(guidance=GUIDANCE, rescale=0.5)
     with torch.no_grad():
-        together = sds.targets(compiled, x0, t, case["context"], camera, **options)
+        together = sds.predict_sets(compiled, x0, t, case["context"], camera, **options)
         for i in range(2):
             one = slice(i, i + 1)
             context = case["context"][i::2].clone(memory_format=torch.contiguous_format)
-            alone = sds.target(compiled, x0[one], t[one], context, camera[one], **options)
+            alone = sds.predict_set(compiled, x0[one], t[one], context, camera[one], **options)
             for found, expected in zip(alone, together):
                 assert torch.allclose(found[0], expected[i], atol=1e-5), (
                     f"set {i} has another target alone than in a batch"

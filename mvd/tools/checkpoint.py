@@ -61,6 +61,10 @@ def find(name):
         return path
     if (path / "model.safetensors").is_file():
         return path / "model.safetensors"
+    if (path / "checkpoint.pt").is_file():
+        raise UserError(
+            f"{path} is a run that holds no model: a training that has not ended (go on with "
+            "--resume), or an object of distill.py")
     files = list(path.glob("*.safetensors")) or [*path.glob("*.pt"), *path.glob("*.ckpt")]
     if len(files) != 1:
         raise UserError(
@@ -116,7 +120,7 @@ def read(path):
     """
     if not path.is_dir():
         tensors, metadata = read_file(path)
-        return tensors, parse_header(metadata)
+        return tensors, parse_header(path, metadata)
     scheduler = path / "scheduler" / "scheduler_config.json"
     if scheduler.is_file() and b"v_prediction" in scheduler.read_bytes():
         raise UserError(
@@ -130,16 +134,12 @@ def read(path):
     return tensors, None
 
 
-def read_header(path):
-    """mvd's header of a checkpoint as a dict; None if it has none. No tensor's bytes are read."""
-    if path.is_dir() or path.suffix in PICKLED:
-        return None
-    _, metadata = read_file(path)
-    return parse_header(metadata)
-
-
-def parse_header(metadata):
-    return json.loads(metadata["mvd"]) if "mvd" in metadata else None
+def parse_header(path, metadata):
+    """mvd's header of a file as a dict; None if it has none."""
+    try:
+        return json.loads(metadata["mvd"]) if "mvd" in metadata else None
+    except ValueError as error:
+        raise UserError(f"{path} has a damaged header ({error}); download it again") from error
 
 
 def part_files(folder):
@@ -179,10 +179,10 @@ def read_file(path):
     if path.suffix not in PICKLED:
         return read_safetensors(path)
     # Since 2020 torch.save writes a zip archive, which can be mapped; before, bare pickles.
-    zipped = zipfile.is_zipfile(path)
-    if not zipped and not start.startswith(b"\x80"):
-        raise UserError(f"{path} is damaged, cut short or not a PyTorch file; download it again")
     try:
+        zipped = zipfile.is_zipfile(path)
+        if not zipped and not start.startswith(b"\x80"):
+            raise ValueError("not a PyTorch file")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)|class (\S+)", str(error))
@@ -190,9 +190,10 @@ def read_file(path):
         raise UserError(
             f"{path} holds more than tensors ({what}), and loading that could run a stranger's "
             "code, so it is refused; use the .safetensors file of the same model") from error
-    except (RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # a damaged file makes torch.load raise almost anything
         raise UserError(
-            f"{path} is damaged or cut short ({error}); download it again") from error
+            f"{path} is damaged, cut short or not a PyTorch file ({error}); download it again"
+        ) from error
     if not isinstance(content, dict):
         raise UserError(
             f"{path} holds a {type(content).__name__}, not tensors by name; "

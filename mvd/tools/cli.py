@@ -170,12 +170,14 @@ def print_changes(settings, defaults=None):
     """
     own = own_defaults(type(settings))
     place, changes = defaults(settings) if defaults else ("", {})
+    usual = {**own, **changes}
     from_preset, from_flags = [], []
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        if field.name in own and value != own[field.name]:
-            known = field.name in changes and value == changes[field.name]
-            (from_preset if known else from_flags).append(as_flag(field.name, value))
+    for name in own:
+        value = getattr(settings, name)
+        if value != usual[name]:
+            from_flags.append(as_flag(name, value))
+        elif value != own[name]:
+            from_preset.append(as_flag(name, value))
     for source, flags in ((place, from_preset), ("the command line", from_flags)):
         if flags:
             print(f"settings from {source}: {' '.join(flags)}")

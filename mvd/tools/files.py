@@ -65,16 +65,11 @@ ALIGNMENT = 64
 def write_safetensors(path, tensors, metadata=None):
     """Writes {name: tensor}, of any device and layout, and metadata {str: str} for the header.
 
-    The format is the header's length (8 bytes), the header (JSON), and the tensors' bytes. The
-    library's save_file writes it, too, but three measurements speak against it:
-    - It aligns to 8 bytes. A CPU multiplied a float32 matrix by one vector (a single time
-      embedding) to other last bits if the mapped matrix did not lie at a multiple of 16 bytes.
-      So the length of the header changed what a saved UNet predicts, by 1e-6 of its largest
-      value. Here the header is padded, and tensors whose size is not a multiple of 64 bytes come
-      last, so that all others lie at multiples of 64.
-    - It wants contiguous tensors on the CPU, all at once: 1.0 GiB of extra memory for 1 GiB of
-      weights in another layout. Written one by one they take as much as the largest of them.
-    - Its files can be read by their owner alone (mode 0600), and a full disk is not an OSError.
+    The format is the header's length (8 bytes), the header (JSON), and the tensors' bytes. It is
+    not left to the library's save_file, which aligns to 8 bytes only (a CPU then multiplies a
+    mapped matrix to other last bits), copies all tensors to the CPU first, and hides a full disk.
+    Here the header is padded, and tensors of an odd size come last: all others lie at multiples
+    of 64 bytes.
     """
     def place(name):
         tensor = tensors[name]

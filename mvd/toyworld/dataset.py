@@ -5,7 +5,7 @@
 writes sets/*.png (32 views around an object, side by side), images/*.png (single pictures),
 index.jsonl (one line per file: its captions and its camera) and settings.json (so that another run
 does not mix sizes or seeds). mvd/data.py explains the format, cameras.py the axes. Cameras and the
-32 views per object: MVDream §3.3.
+32 views per object: MVDream, appendix.
 """
 import functools
 import json
