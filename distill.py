@@ -3,9 +3,9 @@
     python distill.py "a bulldog wearing a crown"
     python distill.py "an astronaut riding a horse" --model mvdream-sd21
 
-A field is rendered from random sides, four at a time, the model says how the pictures should change, and the
-field learns. --mode 2d asks the same network without cameras, as DreamFusion does: compare the
-faces. After Ctrl-C or a kill the same command with --resume goes on.
+A field is rendered from random sides, four at a time, the model says how the pictures should
+change, and the field learns. --mode 2d asks the same network without cameras, as DreamFusion does:
+compare the faces. After Ctrl-C or a kill the same command with --resume goes on.
 """
 import json
 import time

@@ -1,4 +1,4 @@
-"""Train MVDream: from nothing, first the autoencoder, then the UNet with the text tower (MVDream §3.1).
+"""Train MVDream (§3.1): from nothing, first the autoencoder, then the UNet with the text tower.
 
     python -m mvd.toyworld --out data/toy --objects 3600 --images 14400
     python train.py --data data/toy --out runs/tiny

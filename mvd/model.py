@@ -43,7 +43,8 @@ def read_model(path):
 
     The configuration is in the header of a file that `MVDream.save` wrote; else it follows from
     the shapes of the tensors (`weights.sizes`). The tensors have our names and are memory-mapped:
-    bytes are read when they are used. Raises UserError for a file that is damaged or of another kind.
+    bytes are read when they are used. Raises UserError for a file that is damaged or of another
+    kind.
     """
     tensors, header = checkpoint.read(path)
     try:

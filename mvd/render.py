@@ -193,8 +193,8 @@ def select_samples(origins, directions, first, counts, *, step, budget, phase):
 
     With `wanted` the list of these steps, by ray and then by distance:
 
-        n <= budget:  slot s takes wanted[s]; the slots that are left get width 0
-        n >  budget:  slot s takes wanted[floor((s + phase) · n / budget)], widths grow by n / budget
+        n <= budget: slot s takes wanted[s]; the slots that are left get width 0
+        n >  budget: slot s takes wanted[floor((s + phase) n / budget)], widths grow by n / budget
 
     So every step has the same chance, the chosen ones lie evenly among all, and the expected
     optical depth of any stretch of a ray stays what it was.

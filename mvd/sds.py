@@ -25,7 +25,7 @@ NEGATIVE = (
     "unclear, cropped, lowres, low quality, artifacts, duplicate, morbid, mutilated, poorly drawn "
     "face, deformed, dehydrated, bad proportions"
 )
-# Weight of the orientation loss: at first, and from `shading_from` on; between them a straight line.
+# Weight of the orientation loss: at first, and from `shading_from` on, with a line between them.
 ORIENTATION = (10.0, 1000.0)
 # Of random cameras (MVDream, appendix): degrees, degrees, and multiples of 1 / tan(fov/2).
 ELEVATION = (0.0, 30.0)
@@ -37,8 +37,8 @@ DISTANCE = (0.8, 1.0)
 class DistillSettings:
     """The flags of distill.py. The defaults are the released ones, for the full-size model.
 
-    But the budgets of samples, and the finer occupancy grid, are ours. The flags stand here since `Distillation` and bench.py read them. A model's preset may change them
-    (`presets.py`).
+    But the budgets of samples, and the finer occupancy grid, are ours. The flags stand here since
+    `Distillation` and bench.py read them. A model's preset may change them (`presets.py`).
     """
     prompt: str = setting(help="what to make, in quotes", positional=True)
     model: str = setting("tiny", "tiny, mvdream-sd21, sd21, or the path of a checkpoint")
@@ -76,7 +76,7 @@ class DistillSettings:
         "x0: reconstruction of the predicted latents; sds: the classic gradient",
         choices=("x0", "sds"),
     )
-    t_start: float = setting(0.98, "noise at the start, as a share of the 1000 time steps", min=0, max=1)
+    t_start: float = setting(0.98, "noise at the start, share of 1000 time steps", min=0, max=1)
     t_min: float = setting(0.02, "least noise at the end", min=0, max=1)
     t_max: float = setting(0.50, "greatest noise at the end", min=0, max=1)
     anneal: float = setting(0.8, "share of the run over which the noise falls", min=0.001, max=1)
@@ -153,7 +153,8 @@ def draw_cameras(sets, views, device):
 
     MVDream, appendix. The elevation is half of the time uniform in degrees, else uniform on the
     sphere, asin(U[0, 1/3]), as released: up to 19.5 degrees. The distance is U[DISTANCE] /
-    tan(fov/2). A set shares its elevation, field of view and distance. Returns c2w [sets, views, 4, 4] and fov [sets], in degrees.
+    tan(fov/2). A set shares its elevation, field of view and distance. Returns c2w
+    [sets, views, 4, 4] and fov [sets], in degrees.
     """
     def uniform(low, high):
         return low + (high - low) * torch.rand(sets, device=device)
@@ -215,7 +216,7 @@ def distillation_loss(
     kind "x0":  ½ ‖x_0 - sg(x̂_0)‖² / (B·V)                (MVDream eq. 4, guidance rescale)
     kind "sds": a loss whose gradient is w(t) (ε̂ - ε) / (B·V), w = 1 - ᾱ_t, without rescale
                                                            (DreamFusion eq. 3)
-    x0 [B, V, c, h, w]: scaled, with gradient; t [B]; context and camera as in `predict_sets`. noise:
+    x0 [B, V, c, h, w]: scaled, with gradient; t [B]; context, camera as in `predict_sets`. noise:
     standard normal like x0; drawn if not given, in the order of a contiguous x0, whatever its
     layout in memory.
     """
@@ -285,10 +286,10 @@ def pick(config_class, s):
 class Distillation:
     """The field of a run, and the step that improves it.
 
-    `step` is `draw`, `render_images`, encode, noise, ask the model, and back. No shape in it depends on
-    data, and nothing in it waits for the device, so that a CUDA graph can hold it: no `.item()`,
-    no boolean indexing, no branch on a tensor, no tensor made of Python numbers. What changes in
-    the course of a run is read from tensors, which `anneal` sets between two steps.
+    `step` is `draw`, `render_images`, encode, noise, ask the model, and back. No shape in it
+    depends on data, and nothing in it waits for the device, so that a CUDA graph can hold it: no
+    `.item()`, no boolean indexing, no branch on a tensor, no tensor made of Python numbers. What
+    changes in the course of a run is read from tensors, which `anneal` sets between two steps.
     """
 
     def __init__(self, s, model, context):
@@ -350,7 +351,10 @@ class Distillation:
         return Draws(c2w, fov, colour, plain, light, lit_kind, softness, jitter, phase)
 
     def render_images(self, draws):
-        """The field's images [B, V, 3, H, W] in [-1, 1], mean opacity [], orientation loss (0 if unlit)."""
+        """The field's images [B, V, 3, H, W] in [-1, 1], mean opacity [], orientation loss.
+
+        The last is the number 0 without shading.
+        """
         s, (size, sets, budget) = self.s, self.stage
         fov = draws.fov[:, None].expand(sets, s.views)
         origins, directions = cameras.rays(draws.c2w, fov, size)

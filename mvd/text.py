@@ -59,10 +59,12 @@ class Block(nn.Module):
     def attention(self, x):
         """softmax(q kᵀ / sqrt(d)) v per head, where token i sees the tokens 0..i only."""
         B, L, D = x.shape
-        qkv = self.qkv(x).view(B, L, 3, self.heads, D // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, L, d] each
+        x = x.transpose(0, 1)  # tokens first, so that a CPU rounds to the last bit as OpenCLIP does
+        qkv = self.qkv(x).view(L, B, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 1, 3, 0, 4)  # [B, heads, L, d] each
         seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out(seen.transpose(1, 2).reshape(B, L, D))
+        seen = seen.permute(2, 0, 1, 3).reshape(L, B, D)
+        return self.out(seen).transpose(0, 1)
 
     def forward(self, x):
         x = x + self.attention(self.norm1(x))

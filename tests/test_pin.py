@@ -27,8 +27,8 @@ from test_model import small_config
 
 PINS = Path(__file__).parent / "data" / "pins.json"
 WORDS = ("3d", "a", "asset", "ball", "blue", "bulldog", "of", "phol", "photo", "red")
-FIELD = """--levels 2 --log2-entries 10 --coarsest 4 --finest 16 --hidden 8 --lr-grid 0.01 --lr 0.001
-    --blob-strength 10 --occupancy-cells 32 --occupancy-every 2 --occupancy-warm-up 0.5
+FIELD = """--levels 2 --log2-entries 10 --coarsest 4 --finest 16 --hidden 8 --lr-grid 0.01
+    --lr 0.001 --blob-strength 10 --occupancy-cells 32 --occupancy-every 2 --occupancy-warm-up 0.5
     --step-size 0.1 --density-threshold 1000 --coarse-size 8 --fine-size 16 --coarse-sets 2
     --fine-sets 1 --coarse-budget 1024 --fine-budget 1024 --fine-from 0.5 --guidance 20
     --rescale 0.5 --loss x0 --t-start 0.98 --t-min 0.02 --t-max 0.5 --anneal 0.8 --negative asset
@@ -145,7 +145,8 @@ def test_a_small_run_computes_what_it_did(name, tmp_path, monkeypatch):
     pinned, found = pins[name], measure(name, tmp_path, monkeypatch)
     for figure in ("mean", "std"):
         assert found[figure] == pytest.approx(pinned[figure], rel=1e-3, abs=1e-5), (
-            f"{name}: the {figure} of all results was {pinned[figure]:.6g}, now {found[figure]:.6g}")
+            f"{name}: the {figure} of all results was {pinned[figure]:.6g}, "
+            f"now {found[figure]:.6g}")
     if machine() == pins["machine"]:
         assert found["hash"] == pinned["hash"], (
             f"{name}: the numbers are nearly those of before, but not to the bit; "

@@ -7,13 +7,7 @@
     clip.py         the same question for any prompt, asked of CLIP
     identity.py     python -m mvd.metrics.identity: does DreamBooth's result show its subject?
 """
-from .candidates import (
-    SAMPLED,
-    Cameras,
-    cut_out,
-    real_views,
-    squared_error,
-)
+from .candidates import SAMPLED, Cameras, cut_out, real_views, squared_error
 from .command import main, read_run
 from .judge import (
     judge_sets,

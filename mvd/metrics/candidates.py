@@ -109,7 +109,7 @@ def at_scales(rgba):
 # ---- real renders, for the ceiling of each score ----
 
 def draw_framing(count, cameras, seed):
-    """What training varies from set to set (MVDream, appendix): (fov_deg, framing, grey), [count] each.
+    """What training varies per set (MVDream, appendix): (fov_deg, framing, grey), [count] each.
 
     The field of view is 15 to 60 degrees, or the cameras' own; framing (see `geometry`) is 0.9 to
     1.1; grey, the background, is 0 to 1. The random draw is torch.rand(3, count) on the CPU.

@@ -22,9 +22,7 @@ def crown(hat, low, high):
     x, z, r = hat
     return [
         # Band
-        cone(
-            (x, 0, z + 0.22 * r), 0.95 * r, 1.05 * r, 0.42 * r,
-            GOLD, round=0.1 * r),
+        cone((x, 0, z + 0.22 * r), 0.95 * r, 1.05 * r, 0.42 * r, GOLD, round=0.1 * r),
         # Points, and balls on them
         cone(
             (x, 0, z + 0.95 * r), 0.48 * r, 0.04 * r, 0.55 * r,
@@ -38,16 +36,10 @@ def crown(hat, low, high):
 def party_hat(hat, low, high):
     x, z, r = hat
     return [
-        cone(
-            (x, 0, z + 1.1 * r), r, 0.06 * r, 1.3 * r,
-            MAGENTA, round=0.03 * r),
+        cone((x, 0, z + 1.1 * r), r, 0.06 * r, 1.3 * r, MAGENTA, round=0.03 * r),
         # Stripes
-        cone(
-            (x, 0, z + 0.55 * r), 0.86 * r, 0.71 * r, 0.20 * r,
-            CYAN, round=0.02 * r),
-        cone(
-            (x, 0, z + 1.35 * r), 0.56 * r, 0.41 * r, 0.20 * r,
-            CYAN, round=0.02 * r),
+        cone((x, 0, z + 0.55 * r), 0.86 * r, 0.71 * r, 0.20 * r, CYAN, round=0.02 * r),
+        cone((x, 0, z + 1.35 * r), 0.56 * r, 0.41 * r, 0.20 * r, CYAN, round=0.02 * r),
         # Bobble
         ball((x, 0, z + 2.45 * r), 0.32 * r, LAMP),
     ]
@@ -57,16 +49,10 @@ def top_hat(hat, low, high):
     x, z, r = hat
     return [
         # Brim
-        cone(
-            (x, 0, z + 0.05 * r), 1.5 * r, 1.5 * r, 0.12 * r,
-            BLACK, round=0.1 * r),
+        cone((x, 0, z + 0.05 * r), 1.5 * r, 1.5 * r, 0.12 * r, BLACK, round=0.1 * r),
         # Crown and ribbon
-        cone(
-            (x, 0, z + 0.85 * r), 0.92 * r, 1.05 * r, 0.85 * r,
-            BLACK, round=0.05 * r),
-        cone(
-            (x, 0, z + 0.35 * r), 0.97 * r, 1.00 * r, 0.22 * r,
-            RED, round=0.03 * r),
+        cone((x, 0, z + 0.85 * r), 0.92 * r, 1.05 * r, 0.85 * r, BLACK, round=0.05 * r),
+        cone((x, 0, z + 0.35 * r), 0.97 * r, 1.00 * r, 0.22 * r, RED, round=0.03 * r),
     ]
 
 
@@ -109,9 +95,7 @@ def umbrella(hat, low, high):
         limb((x, 0, middle), (x, 0, top + 0.3 * size), thin, thin, WOOD),
         # Canopy, balls along its rim, tip
         dome((x, 0, top + 0.08 * size), (r, r, 0.26 * size), VIOLET),
-        ball(
-            (x, 0, top + 0.07 * size), 0.035 * size,
-            WHITE, spokes=(12, 0.97 * r)),
+        ball((x, 0, top + 0.07 * size), 0.035 * size, WHITE, spokes=(12, 0.97 * r)),
         ball((x, 0, top + 0.35 * size), 0.045 * size, GOLD),
     ]
 
@@ -180,9 +164,7 @@ def pedestal(hat, low, high):
     r = torch.maximum(length, width) * 0.9
     return [
         # Top
-        cone(
-            (x, 0, ground - 0.05 * size), r, r, 0.05 * size,
-            STONE, round=0.02 * size),
+        cone((x, 0, ground - 0.05 * size), r, r, 0.05 * size, STONE, round=0.02 * size),
         # Column and its ribs
         cone(
             (x, 0, ground - 0.24 * size), 0.72 * r, 0.72 * r, 0.18 * size,
