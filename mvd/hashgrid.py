@@ -31,7 +31,7 @@ class HashGridConfig:
     lr_grid: float = 0.01       # learning rate of the table
 
 
-# ---------------------------------------------------------------- what it computes
+# ---- what it computes ------------------------------------------------------------------------
 
 @dataclass
 class Level:
@@ -98,7 +98,7 @@ def encode_plainly(table, x, config):
     return torch.cat(features, -1)
 
 
-# ---------------------------------------------------------------- the fast form
+# ---- the fast form ---------------------------------------------------------------------------
 
 def pairs_are_complex(x):
     """Is a pair of features held as one complex number? On a CPU, where nothing is compiled.

@@ -29,7 +29,7 @@ class Mesh(NamedTuple):
     normals: np.ndarray     # [M, 3] float32, unit length, outward
 
 
-# ---- the surface ----
+# ---- the surface -----------------------------------------------------------------------------
 
 # [8, 3]: where the corners of a cell lie; corner (x, y, z) has the number 4x + 2y + z.
 CORNERS = np.array(list(itertools.product((0, 1), repeat=3)))
@@ -211,7 +211,7 @@ def vertex_normals(vertices, faces):
     return np.where(length > 0, unit, [0.0, 0.0, 1.0]).astype(np.float32)
 
 
-# ---- from a field ----
+# ---- from a field ----------------------------------------------------------------------------
 
 def seen_colours(density_fn, colour_fn, points, inward, *, start=-0.05, end=0.25, samples=24):
     """The colours that a viewer sees at a surface that is not sharp: [M, 3].
@@ -269,7 +269,7 @@ def extract(density_fn, colour_fn, *, resolution=128, threshold=25.0, device="cp
     return Mesh(vertices, faces, colours, normals)
 
 
-# ---- files ----
+# ---- files -----------------------------------------------------------------------------------
 
 # Numbers of the glTF 2.0 standard: types of components, then uses of a buffer view.
 UNSIGNED_SHORT = 5123
@@ -348,7 +348,7 @@ def _gltf_document(arrays):
 
 
 def write_glb(path, mesh):
-    """Writes a binary glTF 2.0 file: vertex colours and a matte material.
+    """Write a binary glTF 2.0 file: vertex colours and a matte material.
 
     The file is whole or not there. It is a header of 12 bytes and two chunks, JSON and
     binary; before each stand its length and its kind. All numbers are little-endian, and
@@ -377,7 +377,7 @@ def write_glb(path, mesh):
 
 
 def write_obj(path, mesh):
-    """Writes a Wavefront OBJ text file, y up; the file is whole or not there.
+    """Write a Wavefront OBJ text file, y up; the file is whole or not there.
 
     sRGB colours follow the coordinates, as many programs read them: "v x y z r g b".
     """

@@ -43,7 +43,7 @@ class Preset:
     dreambooth: dict = field(default_factory=dict)
 
 
-# ---- the released model: the defaults of sample.py, distill.py and dreambooth.py --------------
+# ---- the released model: the defaults of sample.py, distill.py and dreambooth.py -------------
 
 SD21 = Preset(ModelConfig())
 

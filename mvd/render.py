@@ -25,7 +25,7 @@ OPAQUE = -math.log(1e-4)        # optical depth after which 1e-4 of the light is
 AT_ONCE = 1 << 25               # steps that are looked up in one go: 128 MiB per operation
 
 
-# ---------------------------------------------------------------- 1. where matter is
+# ---- 1. where matter is ----------------------------------------------------------------------
 
 class OccupancyGrid(nn.Module):
     """Bounds of the density in each of size³ cells of the box [-1, 1]³ (Instant NGP, §C).
@@ -103,7 +103,7 @@ class OccupancyGrid(nn.Module):
         return torch.cat([anywhere, among_occupied])
 
 
-# ---------------------------------------------------------------- 2. where to look
+# ---- 2. where to look ------------------------------------------------------------------------
 
 @dataclass
 class Samples:
@@ -228,7 +228,7 @@ def sample_rays(occupancy, origins, directions, *, step, budget, jitter, phase):
         origins, directions, first, counts, step=step, budget=budget, phase=phase)
 
 
-# ---------------------------------------------------------------- 3. what is seen
+# ---- 3. what is seen -------------------------------------------------------------------------
 
 def composite(samples, density, values, ray_count):
     """The volume rendering equation: what reaches the eye along each ray (NeRF, eq. 3).
@@ -269,7 +269,7 @@ def composite(samples, density, values, ray_count):
     return weights, sums[:, :-2], sums[:, -2], sums[:, -1]
 
 
-# ---------------------------------------------------------------- 4. light
+# ---- 4. light --------------------------------------------------------------------------------
 
 @dataclass
 class Shading:
@@ -317,7 +317,7 @@ def orientation_loss(weights, normals, directions, opacity):
     return (weights.detach() * away).sum() / hits
 
 
-# ---------------------------------------------------------------- 5. the whole
+# ---- 5. the whole ----------------------------------------------------------------------------
 
 @dataclass
 class Rendering:

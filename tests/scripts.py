@@ -29,14 +29,14 @@ def killed_after(monkeypatch, when):
 
 
 def saved_model(folder, config):
-    """Returns the path of the file of a model with random weights."""
+    """Return the path of the file of a model with random weights."""
     path = folder / "small.safetensors"
     random_model(config).save(path)
     return path
 
 
 def status(main):
-    """Returns the exit status of a script's main function, run as the script runs it."""
+    """Return the exit status of a script's main function, run as the script runs it."""
     try:
         cli.main(main)
     except SystemExit as end:

@@ -2,7 +2,6 @@
 import errno
 import signal
 from dataclasses import dataclass
-from typing import Optional
 
 import pytest
 import torch
@@ -19,8 +18,8 @@ class Settings:
     learning_rate: float = setting(1e-2, "of the grid", min=0.0)
     mode: str = setting("3d", "which network", choices=["3d", "2d"])
     shading: bool = setting(True, "light the object")
-    out: Optional[str] = setting(None, "folder of the run")
-    guidance: Optional[float] = setting(None, "guidance, the model's if left out")
+    out: str | None = setting(None, "folder of the run")
+    guidance: float | None = setting(None, "guidance, the model's if left out")
 
 
 @dataclass

@@ -115,7 +115,7 @@ def test_a_captured_step_reads_its_new_arguments():
 
 
 def train_on_cuda(graphed):
-    """Returns the losses of ten steps."""
+    """Return the losses of ten steps."""
     torch.manual_seed(0)
     cuda = torch.device("cuda")
     layer = torch.nn.Linear(8, 8, device=cuda)

@@ -23,7 +23,7 @@ def points(count, seed=0):
     return torch.rand(count, 3, dtype=torch.float64, generator=generator)
 
 
-# ---------------------------------------------------------------- the plain loop
+# ---- the plain loop --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("config", [CONFIG, HashGridConfig()])
 def test_levels_are_laid_out_as_published(config):
@@ -77,7 +77,7 @@ def test_no_corner_lies_outside_a_dense_level():
         assert cell.min() >= 0 and cell.max() + 1 < level.vertices
 
 
-# ---------------------------------------------------------------- the fast form
+# ---- the fast form ---------------------------------------------------------------------------
 
 def test_interpolation_is_the_plain_loop():
     grid = grid_in_double()

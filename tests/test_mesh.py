@@ -70,7 +70,7 @@ def euler(vertices, faces):
     return len(vertices) - len(edges) + len(faces)
 
 
-# ---- against a plain loop ----
+# ---- against a plain loop --------------------------------------------------------------------
 
 def plain_polygon(points, values, threshold):
     """The surface in one tetrahedron: its corners in order, counter-clockwise from outside.
@@ -157,7 +157,7 @@ def test_the_mesh_is_that_of_a_plain_loop(threshold):
     assert used.all(), "the mesh has other vertices too"
 
 
-# ---- surfaces that are known ----
+# ---- surfaces that are known -----------------------------------------------------------------
 
 def test_sphere_is_closed_round_and_faces_outward():
     centre, radius = np.array([11.3, 11.8, 11.6]), 7.0
@@ -253,7 +253,7 @@ def test_empty():
         mesh.extract(lambda p: p[:, 0] * 0 + 3, lambda p: p, resolution=8)
 
 
-# ---- parts ----
+# ---- parts -----------------------------------------------------------------------------------
 
 def test_specks_go_and_parts_stay():
     balls = [
@@ -285,7 +285,7 @@ def test_parts_of_a_long_chain():
     assert len(kept) == 298
 
 
-# ---- from a field ----
+# ---- from a field ----------------------------------------------------------------------------
 
 CENTRE = [0.2, -0.1, 0.3]
 
@@ -356,7 +356,7 @@ def test_extract_fills_the_box_when_everything_is_dense():
     assert box.vertices.max(0) == pytest.approx(1)
 
 
-# ---- files ----
+# ---- files -----------------------------------------------------------------------------------
 
 COMPONENTS = {5123: "<u2", 5125: "<u4", 5126: "<f4"}
 WIDTHS = {"SCALAR": 1, "VEC3": 3, "VEC4": 4}

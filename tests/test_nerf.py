@@ -76,7 +76,7 @@ def test_the_networks_and_the_encoding_have_their_own_learning_rates():
     assert [id(p) for p in every] == [id(p) for p in nerf.parameters()], "one is missing or moved"
 
 
-# ---------------------------------------------------------------- another encoding
+# ---- another encoding ------------------------------------------------------------------------
 
 @dataclass
 class SinesConfig:
@@ -139,7 +139,7 @@ def test_an_encoding_is_built_from_its_own_config():
         NeRF(NeRFConfig(grid=SinesConfig()))
 
 
-# ---------------------------------------------------------------- normals
+# ---- normals ---------------------------------------------------------------------------------
 
 def normals_of(nerf, x):
     return nerf.with_normals(x)[2]
@@ -226,7 +226,7 @@ def test_normals_train_the_field():
         assert difference == pytest.approx(expected, rel=1e-4), tuple(parameter.shape)
 
 
-# ---------------------------------------------------------------- background
+# ---- background ------------------------------------------------------------------------------
 
 def quadrature_on_the_sphere():
     """Directions [8, 16, 3] and weights [8] that integrate products of degree 6 exactly.

@@ -65,7 +65,7 @@ def out(tmp_path):
     return tmp_path
 
 
-# ---- pictures ----
+# ---- pictures --------------------------------------------------------------------------------
 
 def test_frames_lie_where_the_script_looks_for_them(out):
     """Frame i is at column i mod columns, row i div columns, two pixels between frames."""
@@ -111,7 +111,7 @@ def test_figures_are_inside_and_what_is_missing_is_left_out(out):
         assert torch.equal(picture(image["src"], "png"), read_png(path))
 
 
-# ---- charts ----
+# ---- charts ----------------------------------------------------------------------------------
 
 def draw(out, lines):
     write_page(out, "a bulldog", "40 of 40 steps", {}, {"Loss": lines})
@@ -212,7 +212,7 @@ def test_round_values(low, high, expected):
     assert round_values(low, high) == expected
 
 
-# ---- the page ----
+# ---- the page --------------------------------------------------------------------------------
 
 def test_it_asks_nobody_for_anything(out):
     figures = {"Loss": {"loss": [(1, 0.5), (2, 0.4)]}}
@@ -258,7 +258,7 @@ def test_it_loads_itself_again_while_the_run_goes_on(out, live):
     assert page.text["p"][0] == "20 of 40 steps"
 
 
-# ---- the script ----
+# ---- the script ------------------------------------------------------------------------------
 
 # As much of a browser as the script asks for; every frame that is shown is printed.
 BROWSER = """

@@ -80,7 +80,7 @@ def cells_of(x, size):
     return ((x + 1) / 2 * size).floor().long().movedim(-1, 0)
 
 
-# ---------------------------------------------------------------- occupancy
+# ---- occupancy -------------------------------------------------------------------------------
 
 def test_box_interval_by_looking():
     torch.manual_seed(0)
@@ -173,7 +173,7 @@ def test_update_with_nothing_occupied():
     assert not occupancy.occupied(0.05).any()
 
 
-# ---------------------------------------------------------------- sampling
+# ---- sampling --------------------------------------------------------------------------------
 
 def test_march_is_the_plain_loop():
     field = Ball()
@@ -278,7 +278,7 @@ def test_early_termination_saves_samples_and_changes_nothing():
     assert (pictures[0] - pictures[1]).abs().max() < 1e-3
 
 
-# ---------------------------------------------------------------- compositing
+# ---- compositing -----------------------------------------------------------------------------
 
 def ragged():
     """Rays with 0 to 6 samples, sorted, and three unused slots; their density and values."""
@@ -387,7 +387,7 @@ def test_thinned_pictures_agree_on_average():
     assert abs(float(difference.mean())) < 1e-3
 
 
-# ---------------------------------------------------------------- light
+# ---- light -----------------------------------------------------------------------------------
 
 SOFTNESS_AND_TEXTURELESS = [
     (0.0, 0.0), (1.0, 0.0), (0.3, 1.0), (torch.tensor(0.6), torch.tensor(1.0))]
@@ -440,7 +440,7 @@ def test_orientation_loss_is_its_formula():
     assert normals.grad.abs().sum() > 0
 
 
-# ---------------------------------------------------------------- the whole
+# ---- the whole -------------------------------------------------------------------------------
 
 class TinyStep:
     """A real field, its rays, and one forward and backward."""

@@ -20,7 +20,7 @@ from scripts import assert_same_state
 REPOSITORY = Path(__file__).parent.parent
 
 
-# ---- the folder ----------------------------------------------------------------------------
+# ---- the folder ------------------------------------------------------------------------------
 
 
 def test_slug():
@@ -135,7 +135,7 @@ def test_make_folder(tmp_path):
     with pytest.raises(UserError, match="cannot make"):
         run.make_folder(tmp_path / "file" / "picture.png")
 
-# ---- the log -------------------------------------------------------------------------------
+# ---- the log ---------------------------------------------------------------------------------
 
 
 def steps_of(log):
@@ -161,7 +161,7 @@ def test_log(tmp_path):
     with pytest.raises(UserError, match="line 2"):
         run.read_log(path)
 
-# ---- atomic files --------------------------------------------------------------------------
+# ---- atomic files ----------------------------------------------------------------------------
 
 
 def names_in(folder):
@@ -245,7 +245,7 @@ def test_unwritable(tmp_path):
             files.write_atomic(tmp_path / place, b"")
     assert names_in(tmp_path) == ["file", "folder"]
 
-# ---- the checkpoint ------------------------------------------------------------------------
+# ---- the checkpoint --------------------------------------------------------------------------
 
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16,

@@ -22,7 +22,7 @@ def one(part, **how):
     return pack(parts, 1, **how)
 
 
-# ---- points on the surface of each kind of part ----
+# ---- points on the surface of each kind of part ----------------------------------------------
 
 def vector(*numbers):
     return torch.tensor(numbers, dtype=torch.float64)
@@ -163,7 +163,7 @@ def test_inside_and_outside_have_the_right_sign(kind):
     assert (at(part, middle + (surface - middle) * 1.1) > 0).all(), "not positive outside"
 
 
-# ---- ways to put parts together ----
+# ---- ways to put parts together --------------------------------------------------------------
 
 def test_turn_is_about_x_then_y_then_z():
     e = torch.eye(3)

@@ -29,7 +29,7 @@ PAIRS = [(subject, accessory) for subject in SUBJECTS for accessory in (None, *A
 FRONT_AND_BACK = torch.tensor([[0.0, 180.0]])
 
 
-# ---- words ----
+# ---- words -----------------------------------------------------------------------------------
 
 def test_there_is_enough_to_see():
     assert len(SUBJECTS) >= 24
@@ -97,7 +97,7 @@ def test_captions_mean_the_thing_and_use_known_words_only():
     assert captions(Thing("elephant"))[0] == "an elephant"
 
 
-# ---- shapes and colours ----
+# ---- shapes and colours ----------------------------------------------------------------------
 
 def distances(shapes, points):
     """Signed distance of each object at world points [3, P] or [N, 3, P]: [N, P]."""
@@ -177,7 +177,7 @@ def test_front_and_back_differ_where_we_say_so():
             assert difference < 0.45, f"{subject} has a front"
 
 
-# ---- the data set on disk ----
+# ---- the data set on disk --------------------------------------------------------------------
 
 def test_a_plan_is_even():
     sets = plan("set", 600, 0)

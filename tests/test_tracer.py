@@ -12,7 +12,7 @@ from mvd.toyworld.tracer import (
 )
 from test_solids import one, vector
 
-# ---- single rays ----
+# ---- single rays -----------------------------------------------------------------------------
 
 def rays_at_origin(count, seed):
     """Rays from a sphere of radius 2 to points near the origin: origins, directions [1, 3, P].
@@ -118,7 +118,7 @@ def test_rotation_is_the_written_out_one():
     assert torch.allclose(found, turn_matrix(20, -35, 70), atol=1e-6)
 
 
-# ---- silhouettes ----
+# ---- silhouettes -----------------------------------------------------------------------------
 
 def silhouette(shapes, elevation, azimuth, distance, *, fov, size):
     """The alpha [size, size] of one view."""
@@ -151,7 +151,7 @@ def test_a_box_seen_from_the_front_covers_its_front_face():
     assert abs(alpha.sum(0).max() / (2 * height * pixels) - 1) < 0.03
 
 
-# ---- pictures ----
+# ---- pictures --------------------------------------------------------------------------------
 
 def blobs(n):
     """n objects of one structure with different numbers: (parts, scale)."""
@@ -265,7 +265,7 @@ def test_paint_is_the_mean_of_what_is_there():
     assert torch.allclose(rgba[1, 0, :, 0, 0], torch.tensor([0.1, 0, 0.5, 0.5]))
 
 
-# ---- its parts ----
+# ---- its parts -------------------------------------------------------------------------------
 
 def test_compact_lists_what_is_true():
     share = torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0])[:, None]

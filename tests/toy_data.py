@@ -14,13 +14,13 @@ WHITE = (255, 255, 255, 255)
 
 
 def read_png(path):
-    """Returns the picture [3, H, W] in [0, 1]."""
+    """Return the picture [3, H, W] in [0, 1]."""
     pixels = np.array(Image.open(path).convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1) / 255
 
 
 def view(colour, azimuth, size):
-    """Returns a Pillow picture of a ball with a white spot on its front, at azimuth 0."""
+    """Return a Pillow picture of a ball with a white spot on its front, at azimuth 0."""
     picture = Image.new("RGBA", (size, size))
     draw = ImageDraw.Draw(picture)
     ball = [size * 0.2, size * 0.2, size * 0.8, size * 0.8]
@@ -32,7 +32,7 @@ def view(colour, azimuth, size):
 
 
 def strip(colour, size, views):
-    """Returns the views of a whole orbit, side by side."""
+    """Return the views of a whole orbit, side by side."""
     picture = Image.new("RGBA", (size * views, size))
     for k in range(views):
         picture.paste(view(colour, k * 360 / views, size), (k * size, 0))
@@ -40,7 +40,7 @@ def strip(colour, size, views):
 
 
 def write(folder, size=128, items=2, views=32):
-    """Writes `items` sets of views, as many single images, and index.jsonl."""
+    """Write `items` sets of views, as many single images, and index.jsonl."""
     folder = Path(folder)
     (folder / "sets").mkdir(parents=True)
     (folder / "images").mkdir()

@@ -9,7 +9,7 @@ The toy world can render any caption, so pictures can be compared with renders. 
 Shapes: M sets of pictures, K candidates (proportions times scales), V views, s = SIZE pixels.
 """
 import random
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,7 @@ class Cameras(NamedTuple):
     # Degrees, one per view.
     azimuth: tuple
     # Degrees. None if it is not known, as for samples: then any that training shows is possible.
-    fov_deg: Optional[float] = None
+    fov_deg: float | None = None
 
 
 def even_azimuths(count):
@@ -51,7 +51,7 @@ def even_azimuths(count):
 SAMPLED = Cameras(elevation=15.0, azimuth=even_azimuths(VIEWS))
 
 
-# ---- renders ----
+# ---- renders ---------------------------------------------------------------------------------
 
 def geometry(thing, seeds, cameras, device, *, fov_deg, framing, size):
     """A Thing without its colour, in one proportion per seed: Buffers of N objects, V views.
@@ -106,7 +106,7 @@ def at_scales(rgba):
     return torch.cat(scaled)
 
 
-# ---- real renders, for the ceiling of each score ----
+# ---- real renders, for the ceiling of each score ---------------------------------------------
 
 def draw_framing(count, cameras, seed):
     """What training varies per set (MVDream, appendix): (fov_deg, framing, grey), [count] each.
@@ -153,7 +153,7 @@ def real_views(things, cameras, device="cpu", seed=0, size=2 * SIZE):
     return views
 
 
-# ---- pictures, and their distance from candidates ----
+# ---- pictures, and their distance from candidates --------------------------------------------
 
 class Cutouts(NamedTuple):
     """Pictures at SIZE, cut out of their backgrounds."""

@@ -32,7 +32,7 @@ SPLITS = ("3d", "image", "never")
 VARIETY_SETS = 8
 
 
-# ---- samples ----
+# ---- samples ---------------------------------------------------------------------------------
 
 def sample_all(model, prompts, seed, batch=16):
     """One set of views per prompt, from the cameras SAMPLED: [N, V, 3, H, W] in [0, 1].
@@ -98,7 +98,7 @@ def judge_with_ceiling(views, things, cameras, seed):
     return verdicts[:len(things)], verdicts[len(things):]
 
 
-# ---- runs of distill.py ----
+# ---- runs of distill.py ----------------------------------------------------------------------
 
 class Run(NamedTuple):
     """What distill.py left in a folder."""
@@ -206,7 +206,7 @@ def in_words(verdict):
     return text
 
 
-# ---- the command ----
+# ---- the command -----------------------------------------------------------------------------
 
 def print_table(reports):
     """Print reports, dicts with the same keys, as a table: a column per key."""

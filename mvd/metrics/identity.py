@@ -12,7 +12,7 @@ each of the 63 other instances, compared as in candidates.py.
     python -m mvd.metrics.identity bulldog 7 --run runs/my-dog-3d
 """
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 
@@ -62,10 +62,10 @@ class Subject(NamedTuple):
     # Decides its proportions and colours, 0 to INSTANCES - 1.
     seed: int
     # What it wears, a key of ACCESSORIES, or None.
-    accessory: Optional[str] = None
+    accessory: str | None = None
 
 
-# ---- renders ----
+# ---- renders ---------------------------------------------------------------------------------
 
 def instance_palette(seeds, device="cpu"):
     """What each slot of N instances looks like, [N, 2 * slots, 3] in [0, 1].
@@ -144,7 +144,7 @@ def subject_candidates(subjects, cameras, device):
     return [at_scales(of_subject) for of_subject in rgba]
 
 
-# ---- the judge: views are [M, V, 3, H, W] in [0, 1] ----
+# ---- the judge: views are [M, V, 3, H, W] in [0, 1] ------------------------------------------
 
 def subject_errors(views, subjects, cameras):
     """How far M sets of views are from each of N Subjects, view by view: [M, N, V]."""
@@ -244,7 +244,7 @@ def report_line(label, views, subject, cameras):
     return f"{label}: {', '.join(parts)}"
 
 
-# ---- the command ----
+# ---- the command -----------------------------------------------------------------------------
 
 def write_photos(folder, subject):
     """Write the photos of a subject as 0.png, 1.png, ..., with alpha."""

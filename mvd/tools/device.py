@@ -13,11 +13,11 @@ import torch
 
 from .errors import UserError
 
-# ---- device and number format --------------------------------------------------------------
+# ---- device and number format ----------------------------------------------------------------
 
 
 def choose_device(name):
-    """Returns the torch.device of that name: "cpu", "cuda", "cuda:1", "mps".
+    """Return the torch.device of that name: "cpu", "cuda", "cuda:1", "mps".
 
     "auto" is the best one available. Raises UserError if the device is not available.
     """
@@ -40,14 +40,14 @@ def choose_device(name):
 
 
 def choose_dtype(name, device):
-    """Returns the torch.dtype of that name; "auto" is bfloat16 on CUDA, else float32."""
+    """Return the torch.dtype of that name; "auto" is bfloat16 on CUDA, else float32."""
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" else "float32"
     return getattr(torch, name)
 
 
 def tune_cuda(tf32):
-    """Makes CUDA faster for steps whose shapes never change: cuDNN may try its algorithms.
+    """Make CUDA faster for steps whose shapes never change: cuDNN may try its algorithms.
 
     tf32: float32 matrix products, such as the field's, may round their inputs to TF32.
     """
@@ -70,7 +70,7 @@ def without_cudnn_search():
 
 
 def can_compile(device):
-    """Returns whether torch.compile works here: on CUDA, with Triton and what Triton needs.
+    """Return whether torch.compile works here: on CUDA, with Triton and what Triton needs.
 
     Triton needs a C compiler and Python's header files.
     """
@@ -87,7 +87,7 @@ def can_compile(device):
 
 
 def keep_memory():
-    """Tells the C library to keep freed memory instead of returning it to the system.
+    """Tell the C library to keep freed memory instead of returning it to the system.
 
     Otherwise it returns memory after every operation, and the page faults of asking for it
     again are half of the field's time on a CPU. Does nothing without glibc (that is, off Linux).
@@ -101,11 +101,11 @@ def keep_memory():
         libc.mallopt(mmap_threshold, 1 << 30)
         libc.mallopt(trim_threshold, 2 ** 31 - 1)
 
-# ---- what a checkpoint saves and restores --------------------------------------------------
+# ---- what a checkpoint saves and restores ----------------------------------------------------
 
 
 def random_state():
-    """Returns the states of PyTorch's generators, of the CPU and of CUDA if there is one."""
+    """Return the states of PyTorch's generators, of the CPU and of CUDA if there is one."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -127,7 +127,7 @@ def load_optimizer(optimizer, state):
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({**state, "param_groups": groups})
 
-# ---- CUDA graphs ---------------------------------------------------------------------------
+# ---- CUDA graphs -----------------------------------------------------------------------------
 
 # So many calls of a GraphedStep run eagerly before it is captured.
 EAGER_CALLS = 3
@@ -172,7 +172,7 @@ class GraphedStep:
 
 @functools.cache
 def stream_of(device):
-    """Returns the stream of `side_stream`.
+    """Return the stream of `side_stream`.
 
     There is one per device, since cuBLAS keeps a workspace for every stream that it has seen.
     """

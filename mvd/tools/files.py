@@ -14,7 +14,7 @@ from .errors import UserError
 
 
 def write_atomic(path, content):
-    """Writes a file, or leaves the earlier one untouched.
+    """Write a file, or leave the earlier one untouched.
 
     content: bytes, or a function that is given the open binary file and writes into it. If
     writing fails, nothing is left beside the file; only a killed process leaves its
@@ -45,7 +45,7 @@ def write_atomic(path, content):
 
 
 def call_writer(content, file):
-    """Calls content(file). torch.save hides the OSError of a full disk; it is raised instead."""
+    """Call content(file). torch.save hides the OSError of a full disk; it is raised instead."""
     try:
         content(file)
     except RuntimeError as error:
@@ -63,7 +63,7 @@ ALIGNMENT = 64
 
 
 def write_safetensors(path, tensors, metadata=None):
-    """Writes {name: tensor}, of any device and layout, and metadata {str: str} for the header.
+    """Write {name: tensor}, of any device and layout, and metadata {str: str} for the header.
 
     The format is the header's length (8 bytes), the header (JSON), and the tensors' bytes. It is
     not left to the library's save_file, which aligns to 8 bytes only (a CPU then multiplies a
@@ -100,7 +100,7 @@ def write_safetensors(path, tensors, metadata=None):
 
 
 def read_safetensors(path):
-    """Returns ({name: tensor on the CPU}, {str: str} of the header).
+    """Return ({name: tensor on the CPU}, {str: str} of the header).
 
     The tensors are mapped: what is not used is not read, and what is written into them does not
     reach the file. Raises UserError if the file is missing, damaged or of another format.

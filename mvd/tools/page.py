@@ -156,7 +156,7 @@ def images(paths):
     return "\n".join(parts)
 
 
-# ---- charts ----
+# ---- charts ----------------------------------------------------------------------------------
 
 # Of the lines, in turn; a seventh line has the first colour again.
 COLOURS = ["#2563a8", "#d9622b", "#2e8b57", "#9b3d8f", "#b8860b", "#5a5a5a"]
@@ -235,10 +235,10 @@ def chart(lines):
     return CHART.substitute(drawing="\n".join(parts), legend="\n".join(legend))
 
 
-# ---- the page ----
+# ---- the page --------------------------------------------------------------------------------
 
 def write_page(out, title, status, settings, figures, *, frames=None, live=False):
-    """Writes index.html into the folder `out` (Path) of a run, whole or not at all.
+    """Write index.html into the folder `out` (Path) of a run, whole or not at all.
 
     title, status: one line each, any text.
     settings: {name: value}.

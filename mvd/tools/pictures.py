@@ -40,13 +40,13 @@ def to_pil(image):
 
 
 def save_png(path, image):
-    """Writes an image [3, H, W] or [H, W] (grey) as PNG; clamps it to [0, 1]."""
+    """Write an image [3, H, W] or [H, W] (grey) as PNG; clamp it to [0, 1]."""
     picture = to_pil(image)
     write_atomic(path, lambda file: picture.save(file, "PNG"))
 
 
 def save_turntable(path, frames, seconds=4.0):
-    """Writes frames [N, 3, H, W] as an animated WebP that plays them in `seconds`, for ever.
+    """Write frames [N, 3, H, W] as an animated WebP that plays them in `seconds`, for ever.
 
     WebP, because GIF has only 256 colours, which gives bands in the shading, and APNG is
     seven times larger.

@@ -22,11 +22,11 @@ OLD_CHECKPOINT = "checkpoint.safetensors"
 # A folder that holds one of these files holds a run.
 RUN_FILES = ("config.json", "log.jsonl", CHECKPOINT, OLD_CHECKPOINT)
 
-# ---- the folder ----------------------------------------------------------------------------
+# ---- the folder ------------------------------------------------------------------------------
 
 
 def slug(text):
-    """Returns a folder name for a prompt: ASCII, lower case, dashes, 1 to 60 characters."""
+    """Return a folder name for a prompt: ASCII, lower case, dashes, 1 to 60 characters."""
     decomposed = unicodedata.normalize("NFKD", text)
     ascii_text = decomposed.encode("ascii", "ignore").decode().lower()
     words = re.sub("[^a-z0-9]+", "-", ascii_text).strip("-")
@@ -34,7 +34,7 @@ def slug(text):
 
 
 def make_folder(path):
-    """Makes the folder that will hold the file `path`. Raises UserError."""
+    """Make the folder that will hold the file `path`. Raises UserError."""
     folder = Path(path).parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ def make_folder(path):
 
 
 def open_run(out, config, resume, default="runs/untitled", may_change=()):
-    """Returns the folder of a run (a Path), made, with the settings in its config.json.
+    """Return the folder of a run (a Path), made, with the settings in its config.json.
 
     No earlier run is overwritten. Call it when everything else is checked, just before the
     first step.
@@ -67,7 +67,7 @@ def open_run(out, config, resume, default="runs/untitled", may_change=()):
 
 
 def _new_folder(out, default):
-    """Makes the folder `out`, or else the first of the numbered folders that is free."""
+    """Make the folder `out`, or else the first of the numbered folders that is free."""
     try:
         if not out:
             return _first_free(default)
@@ -82,7 +82,7 @@ def _new_folder(out, default):
 
 
 def _numbered(default):
-    """Yields default, default-2, default-3, ... without end."""
+    """Yield default, default-2, default-3, ... without end."""
     yield Path(default)
     for number in itertools.count(2):
         yield Path(f"{default}-{number}")
@@ -100,7 +100,7 @@ def _first_free(default):
 
 
 def _earlier_run(out, default, config, ignored):
-    """Returns the folder of the latest run that can continue with these settings."""
+    """Return the folder of the latest run that can continue with these settings."""
     if out:
         folders = [Path(out)]
     else:
@@ -116,7 +116,7 @@ def _earlier_run(out, default, config, ignored):
 
 
 def _difference(folder, config, ignored):
-    """Returns one line that says why a run cannot continue in this folder; None if it can."""
+    """Return one line that says why a run cannot continue in this folder; None if it can."""
     path = folder / "config.json"
     anew = "start anew without --resume, with another --out"
     if (folder / OLD_CHECKPOINT).exists():
@@ -142,17 +142,17 @@ def _difference(folder, config, ignored):
 def _cannot_make(folder, error):
     return UserError(f"cannot make the folder {folder}: {error.strerror}; choose another --out")
 
-# ---- the log -------------------------------------------------------------------------------
+# ---- the log ---------------------------------------------------------------------------------
 
 
 def log(path, **row):
-    """Appends one line of JSON. The numbers may be tensors or NumPy's."""
+    """Append one line of JSON. The numbers may be tensors or NumPy's."""
     with open(path, "a") as file:
         file.write(json.dumps(row, default=float) + "\n")
 
 
 def read_log(path):
-    """Returns [row, ...], empty if there is no file.
+    """Return [row, ...], empty if there is no file.
 
     A last line that a kill cut short is left out. Raises UserError if any other line is not JSON.
     """
@@ -170,16 +170,16 @@ def read_log(path):
 
 
 def truncate_log(path, step):
-    """Drops the rows of `step` and later, and a last line cut short, before a run resumes."""
+    """Drop the rows of `step` and later, and a last line cut short, before a run resumes."""
     rows = [row for row in read_log(path) if row.get("step", -1) < step]
     lines = [json.dumps(row) + "\n" for row in rows]
     write_atomic(path, "".join(lines).encode())
 
-# ---- the checkpoint ------------------------------------------------------------------------
+# ---- the checkpoint --------------------------------------------------------------------------
 
 
 def save_checkpoint(path, state):
-    """Writes everything that a run needs to continue bit for bit.
+    """Write everything that a run needs to continue bit for bit.
 
     state: a dict of tensors, numbers, str, bool, None, and of dicts, lists and tuples of these,
     such as the state_dict() of an optimizer. Nothing else (NumPy's numbers neither):
@@ -189,7 +189,7 @@ def save_checkpoint(path, state):
 
 
 def load_checkpoint(path):
-    """Returns the state that `save_checkpoint` was given, with its tensors on the CPU.
+    """Return the state that `save_checkpoint` was given, with its tensors on the CPU.
 
     Loading an untrusted file cannot run code (weights_only). Raises UserError if the file is
     missing, damaged or not a checkpoint.
@@ -211,7 +211,7 @@ def load_checkpoint(path):
 
 
 def last_checkpoint(out):
-    """Returns the state that the run in the folder `out` saved last.
+    """Return the state that the run in the folder `out` saved last.
 
     None: it was killed before its first checkpoint and starts anew. Raises UserError as
     `load_checkpoint` does.

@@ -16,7 +16,7 @@ from .paints import (
 from .solids import ball, box, cone, dome, limb
 
 
-# ---- on the head ----
+# ---- on the head -----------------------------------------------------------------------------
 
 def crown(hat, low, high):
     x, z, r = hat
@@ -56,7 +56,7 @@ def top_hat(hat, low, high):
     ]
 
 
-# ---- around the subject ----
+# ---- around the subject ----------------------------------------------------------------------
 
 def largest_edge(low, high):
     """The largest edge [N] of the box around the subject: the unit of what follows."""
@@ -147,7 +147,7 @@ def flag(hat, low, high):
     ]
 
 
-# ---- under the subject ----
+# ---- under the subject -----------------------------------------------------------------------
 
 def footprint(low, high):
     """The subject's middle x, half length, half width, and the height of the ground, [N] each."""
@@ -223,7 +223,7 @@ def cloud(hat, low, high):
     ]
 
 
-# ---- all accessories ----
+# ---- all accessories -------------------------------------------------------------------------
 
 class Accessory(NamedTuple):
     """A row of the table of accessories: its builder, and two phrases that captions use for it."""

@@ -64,7 +64,7 @@ class Item(NamedTuple):
         }
 
 
-# ---- what to draw ----
+# ---- what to draw ----------------------------------------------------------------------------
 
 def plan(kind, count, seed):
     """The first `count` Items of a kind, "set" or "image": the same for a seed, whatever the count.
@@ -131,7 +131,7 @@ def plan_item(kind, i, seed, pair, colour):
         azimuth=azimuth % 360, elevation=30 * u[3], fov=fov, distance=distance)
 
 
-# ---- drawing ----
+# ---- drawing ---------------------------------------------------------------------------------
 
 def draw_strips(items, size, device):
     """The pictures of N Items of one pair: RGBA, uint8 [N, size, V * size, 4] on the CPU.
@@ -169,7 +169,7 @@ def draw_files(items, out, size, device):
     return len(items)
 
 
-# ---- the whole data set ----
+# ---- the whole data set ----------------------------------------------------------------------
 
 def write(out, *, objects, images, size=128, seed=0, device="cpu"):
     """Render a data set into the folder `out`: `objects` sets and `images` single pictures.

@@ -79,7 +79,7 @@ def roof(centre, half_length, half_width, height, slot, **how):
     return Part("roof", centre, (half_length, half_width, height), slot, **how)
 
 
-# ---- how far parts extend ----
+# ---- how far parts extend --------------------------------------------------------------------
 
 def columns(values, n, device="cpu"):
     """Numbers or tensors [N] -> float32 [N, len(values)]."""
@@ -214,7 +214,7 @@ def reach(parts, n, middle):
     return torch.stack(radii).amax(0)
 
 
-# ---- from a list of parts to a batch ----
+# ---- from a list of parts to a batch ---------------------------------------------------------
 
 class Group(NamedTuple):
     """G parts that are computed together: of one kind, folded alike, all or none of them turned.
@@ -352,7 +352,7 @@ def take(shapes, objects):
         offset=shapes.offset[objects], scale=shapes.scale[objects])
 
 
-# ---- distances ----
+# ---- distances -------------------------------------------------------------------------------
 #
 # One function per kind: points q [N, 3, G, P] in the part's own axes, about its centre, and the
 # group's constants -> [N, G, P]. They are most of the time of a picture, so they work in place
@@ -495,7 +495,7 @@ def fold_mirror(points, mirror):
     return torch.stack(folded, 1)
 
 
-# ---- joining parts ----
+# ---- joining parts ---------------------------------------------------------------------------
 
 def melting(width):
     """What `smooth_min` and `smooth_max` need of a width: sqrt(width) / 2, -1 / (2 sqrt(width))."""

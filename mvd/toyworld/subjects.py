@@ -500,7 +500,7 @@ def windmill(u):
     return parts, hat
 
 
-# ---- all subjects ----
+# ---- all subjects ----------------------------------------------------------------------------
 
 class Subject(NamedTuple):
     """A row of the table of subjects.

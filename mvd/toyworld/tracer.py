@@ -53,7 +53,7 @@ class Buffers(NamedTuple):
     shade: torch.Tensor
 
 
-# ---- rays that are still of interest ----
+# ---- rays that are still of interest ---------------------------------------------------------
 
 def compact(active):
     """The places of the true entries of each row: active [N, P] -> [N, largest count].
@@ -96,7 +96,7 @@ def camera_rays(shapes, c2w, fov_deg, size, shift=(0.0, 0.0)):
     return origins.flatten(1, 3).transpose(1, 2), directions.flatten(1, 3).transpose(1, 2)
 
 
-# ---- marching ----
+# ---- marching --------------------------------------------------------------------------------
 
 def points_at(origins, directions, t):
     """origins + t directions: [N, 3, P] from t [N, P]."""
@@ -159,7 +159,7 @@ def sphere_trace(shapes, origins, directions, t, far):
     return result
 
 
-# ---- shading ----
+# ---- shading ---------------------------------------------------------------------------------
 
 def shade_surface(shapes, points):
     """What surface points look like: slot and shade, uint8 [N, P], and normal [N, 3, P].
@@ -218,7 +218,7 @@ def trace_rays(shapes, origins, directions, near, far):
     return depth, slot, shade
 
 
-# ---- pictures ----
+# ---- pictures --------------------------------------------------------------------------------
 
 def pixel_width(fov_deg, size):
     """The largest width of a pixel at distance 1, [N, 1]; fov_deg [N, V]."""

@@ -8,7 +8,7 @@ in all colours:
     "never"  not shown at all (10%)
 So a model can be tested on pairs that it has seen in flat pictures only, or has never seen.
 """
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 from .accessories import ACCESSORIES
 from .subjects import SUBJECTS
@@ -41,8 +41,8 @@ class Thing(NamedTuple):
     or None if the caption names none.
     """
     subject: str
-    accessory: Optional[str] = None
-    colour: Optional[str] = None
+    accessory: str | None = None
+    colour: str | None = None
 
 
 def captions(thing):
