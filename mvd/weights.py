@@ -21,6 +21,7 @@ write LDM's names.
 To add a layout: put its prefixes into PREFIXES, write a table of rules per part and add it to
 `rules_for`, put what is not a weight into IGNORED, and a case into tests/test_weights.py.
 """
+import functools
 import re
 
 import torch
@@ -332,11 +333,15 @@ def split_prefix(name):
 def rename(name, rules):
     """Rewrite a name by each rule (theirs, ours) in turn."""
     for theirs, ours in rules:
-        pattern = re.escape(theirs).replace(r"\#", r"(\d+)")
-        if not theirs.startswith("."):
-            pattern = "^" + pattern
-        name = re.sub(pattern, ours.replace("#", r"\1"), name)
+        name = pattern_of(theirs).sub(ours.replace("#", r"\1"), name)
     return name
+
+
+@functools.cache
+def pattern_of(theirs):
+    """The pattern of a rule: # is a number, and without a dot in front it fits a beginning."""
+    pattern = re.escape(theirs).replace(r"\#", r"(\d+)")
+    return re.compile(pattern if theirs.startswith(".") else "^" + pattern)
 
 
 def join_qkv(text):

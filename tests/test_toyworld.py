@@ -164,6 +164,7 @@ def test_the_body_wears_the_colour_and_the_crown_stays_gold():
 
 
 def test_front_and_back_differ_where_we_say_so():
+    """One limit parts them: the cake differs by 0.20, the castle by 0.25."""
     c2w = orbit(10.0, FRONT_AND_BACK, 1.4)
     fov = torch.tensor([40.0])
     for subject in SUBJECTS:
@@ -172,9 +173,9 @@ def test_front_and_back_differ_where_we_say_so():
         difference = (front - back).abs().sum(0).mean()
         difference /= (front[3] + back[3]).mean()
         if subject in ORIENTED:
-            assert difference > 0.10, f"{subject} has no front"
+            assert difference > 0.225, f"{subject} has no front"
         else:
-            assert difference < 0.45, f"{subject} has a front"
+            assert difference < 0.225, f"{subject} has a front"
 
 
 # ---- the data set on disk --------------------------------------------------------------------
