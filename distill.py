@@ -171,8 +171,7 @@ def resume(distillation, state, out):
     found = {name: tensor.shape for name, tensor in state.get("nerf", {}).items()}
     if found != wanted:
         raise UserError(
-            f"{out / run.CHECKPOINT} is not of this run; "
-            "start anew without --resume, with another --out"
+            f"{out / run.CHECKPOINT} is not of this run; {run.ANEW}"
         )
     distillation.nerf.load_state_dict(state["nerf"])
     distillation.occupancy.load_state_dict(state["occupancy"])
@@ -196,7 +195,7 @@ def distill(s, prompts, model, out, state=None):
     distillation = sds.Distillation(s, model, context)
     start = done = resume(distillation, state, out) if state else 0
     run.truncate_log(out / "log.jsonl", start + 1)
-    cli.print_changes(s, preset_settings)
+    cli.print_changes(s, *presets.settings_for("distill", model.config))
 
     # A visit to the occupancy grid, everywhere or not, is a CUDA graph of its own.
     visits = {}
@@ -287,8 +286,8 @@ def main(argv=None):
     distillation, done = distill(s, prompts, model, out, state)
     if done < s.steps:
         print(
-            f"interrupted after {done} of {s.steps} steps; go on with the same command and "
-            f"--resume; writing the results so far to {out}"
+            f"interrupted after {done} of {s.steps} steps; {run.GO_ON}; "
+            f"writing the results so far to {out}"
         )
     border = write_results(distillation, out, model.config.size, done)
     if done < s.steps:

@@ -415,8 +415,7 @@ def read_state(s, out):
     state = run.last_checkpoint(out) if s.resume else None
     if state and state.keys() != {"step", "unet", "table", "optimizer", "random"}:
         raise UserError(
-            f"{out / run.CHECKPOINT} is not of dreambooth.py; "
-            "start anew without --resume, with another --out"
+            f"{out / run.CHECKPOINT} is not of dreambooth.py; {run.ANEW}"
         )
     run.truncate_log(out / "log.jsonl", state["step"] + 1 if state else 1)
     return state
@@ -438,7 +437,7 @@ def main(argv=None):
     config = {**asdict(s), "files": names}
     out = run.open_run(s.out, config, s.resume, may_change=("sample_every", "save_every"))
     state = read_state(s, out)
-    cli.print_changes(s, preset_settings)
+    cli.print_changes(s, *presets.settings_for("dreambooth", model.config))
     on_grey = data.on_grey(rgba, torch.full((len(rgba),), 0.8))
     save_png(out / "photos.png", grid(on_grey / 2 + 0.5, 5))
 
@@ -459,10 +458,7 @@ def main(argv=None):
     set_aside(model, s, "cpu")
     done = finetune(model, subject, s, out, state, show=show)
     if done < s.steps:
-        print(
-            f"interrupted after {done} of {s.steps} steps; "
-            "go on with the same command and --resume"
-        )
+        print(f"interrupted after {done} of {s.steps} steps; {run.GO_ON}")
         raise KeyboardInterrupt
     show_page(s, out, done)
     model.save(out / "model.safetensors", torch.float16)

@@ -50,11 +50,15 @@ class SampleSettings:
     )
 
 
-def model_settings(flags):
-    """What the model that the flags name changes of the defaults."""
-    config = read_config(flags.model)
+def settings_of(name, config):
+    """What a model changes of the defaults: (where it stands, {setting: value})."""
     changes = dict(size=config.size, negative=config.negative, guidance=config.guidance)
-    return f'the model "{flags.model}"', changes
+    return f'the model "{name}"', changes
+
+
+def model_settings(flags):
+    """The settings of the model that the flags name."""
+    return settings_of(flags.model, read_config(flags.model))
 
 
 def main(argv=None):
@@ -74,7 +78,7 @@ def main(argv=None):
     if Path(out).is_dir():
         raise UserError(f"cannot write {out}: it is a folder; choose another name")
     run.make_folder(out)
-    cli.print_changes(s, model_settings)
+    cli.print_changes(s, *settings_of(s.model, model.config))
     start = time.time()
     images = model.sample(
         [prompt] * s.batch,

@@ -50,7 +50,6 @@ SQUARED_WEIGHT = 5
 # Weight of the autoencoder's KL divergence, per number of the latents.
 KL_WEIGHT = 1e-4
 LOG_EVERY = 100
-GO_ON = "go on with the same command and --resume"
 
 
 @dataclass
@@ -205,7 +204,7 @@ def fit(phase, model, s, out, state=None):
                 save_state(out, phase, done, model, optimizer, average)
             if interrupted.is_set():
                 print(f"interrupted in phase {phase.name} after {done} of {phase.steps} steps")
-                print(GO_ON)
+                print(run.GO_ON)
                 raise KeyboardInterrupt
     with torch.no_grad():
         torch._foreach_copy_(weights, average)
@@ -365,7 +364,7 @@ class Training:
             sets = data.encode_posteriors(vae, self.sets, copies)
             images = data.encode_posteriors(vae, self.images[:, None], copies)
         except KeyboardInterrupt:
-            print(f"interrupted while the pictures were encoded; {GO_ON}")
+            print(f"interrupted while the pictures were encoded; {run.GO_ON}")
             raise
         if not self.s.init:
             mean, _ = sets.chunk(2, dim=3)
@@ -445,8 +444,7 @@ def read_state(s, out):
     state = run.last_checkpoint(out) if s.resume else None
     if state and state.get("phase") not in ("vae", "unet"):
         raise UserError(
-            f"{out / run.CHECKPOINT} is not of a training; "
-            "start anew without --resume, with another --out"
+            f"{out / run.CHECKPOINT} is not of a training; {run.ANEW}"
         )
     state = state or {"phase": None, "step": 0}
     before = s.vae_steps if state["phase"] == "unet" else 0
@@ -480,7 +478,7 @@ def main(argv=None):
     may_change = ("sample_every", "save_every")
     training.out = out = run.open_run(s.out, asdict(s), s.resume, may_change=may_change)
     state = read_state(s, out)
-    cli.print_changes(s, default_settings)
+    cli.print_changes(s, *default_settings(s))
     if state["phase"]:
         model.vae.load_state_dict(state["vae"])
     if s.vae_steps and state["phase"] != "unet":

@@ -100,8 +100,12 @@ class MVDream(nn.Module):
     @property
     def size_multiple(self):
         """Pixels: a picture's width must be a multiple of this, since VAE and UNet halve it."""
-        vae, unet = self.config.vae, self.config.unet
-        return 2 ** (len(vae.channel_mult) - 1 + len(unet.channel_mult) - 1)
+        return self.latent_factor * 2 ** (len(self.config.unet.channel_mult) - 1)
+
+    @property
+    def latent_factor(self):
+        """Pixels per latent, along a side of a picture."""
+        return 2 ** (len(self.config.vae.channel_mult) - 1)
 
     def check_size(self, size):
         """Raise UserError unless pictures can have a width of `size` pixels."""
@@ -279,7 +283,7 @@ class MVDream(nn.Module):
             )
             return diffusion.rescale(eps, conditional, rescale) if rescale else eps
 
-        h = size // 2 ** (len(config.vae.channel_mult) - 1)
+        h = size // self.latent_factor
         shape = (B, views, config.unet.in_channels, h, h)
         times = diffusion.timesteps(steps).tolist()
         generator = torch.Generator().manual_seed(seed)

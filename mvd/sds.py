@@ -322,6 +322,7 @@ class Distillation:
     def begin(self, stage, compiled=False):
         """From here on, steps render this Stage; compiled: torch.compile fuses the rendering."""
         self.stage = stage
+        self.batch_context = self.context.repeat_interleave(stage.sets, 0)  # [2B, L, D]
         self.rendering = self.render_images
         if compiled:
             self.rendering = torch.compile(self.render_images, dynamic=False)
@@ -409,7 +410,7 @@ class Distillation:
             self.model.unet,
             latents,
             t,
-            self.context.repeat_interleave(sets, 0),
+            self.batch_context,
             camera,
             guidance=s.guidance,
             rescale=s.rescale,

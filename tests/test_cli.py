@@ -77,7 +77,7 @@ def test_a_run_prints_what_is_not_its_default_and_why(capsys):
     other = preset(steps=20000, mode="2d", learning_rate=0.25)
     flags = ["a dog", "--no-shading", "--mode=3d", "--out=my runs"]
     given = cli.parse(Settings, flags, defaults=other)
-    cli.print_changes(given, other)
+    cli.print_changes(given, *other(given))
     assert capsys.readouterr().out.splitlines() == [
         'settings from the preset "other": --steps 20000 --learning-rate 0.25',
         "settings from the command line: --mode 3d --no-shading --out 'my runs'",

@@ -37,7 +37,7 @@ class PerfectModel:
     """
 
     def __init__(self):
-        self.config = types.SimpleNamespace(size=SIZE)
+        self.config = types.SimpleNamespace(size=SIZE, preset="tiny")
         self.device = torch.device("cpu")
         self.solids = shapes.build("bulldog", "crown", [7])
         self.palette = shapes.palette(["red"])

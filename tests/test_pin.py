@@ -24,6 +24,7 @@ from mvd.tools import run
 from mvd.tools.files import read_safetensors
 from scripts import saved_model
 from test_model import small_config
+from test_train import blank
 
 PINS = Path(__file__).parent / "data" / "pins.json"
 WORDS = ("3d", "a", "asset", "ball", "blue", "bulldog", "of", "phol", "photo", "red")
@@ -132,11 +133,6 @@ def measure(name, folder, patch):
     patch.setattr(train, "LOG_EVERY", 1)
     patch.setattr(dreambooth, "LOG_EVERY", 1)
     return fingerprint(RUNS[name](folder, patch))
-
-
-def blank(self, prompts, views=4, **_):
-    """In place of MVDream.sample, which the training scripts call for pictures alone."""
-    return torch.zeros(1 if isinstance(prompts, str) else len(prompts), views, 3, 64, 64)
 
 
 @pytest.mark.parametrize("name", RUNS)

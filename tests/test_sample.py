@@ -100,12 +100,12 @@ def test_a_batch_is_drawn_row_by_row(start, model_file):
     )  # [2, 9, 3, 32, 32]
     picture = read_png("x.png")
     assert picture.shape == (3, 34 * 4 - 2, 34 * 8 - 2)
-    for sample, top in ((0, 0), (1, 68)):
+    for row, top in ((0, 0), (1, 68)):
         for i in range(9):
             y, x = top + i // 8 * 34, i % 8 * 34
             torch.testing.assert_close(
                 picture[:, y : y + 32, x : x + 32],
-                drawn[sample, i],
+                drawn[row, i],
                 rtol=0,
                 atol=0.51 / 255,
             )

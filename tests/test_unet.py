@@ -3,13 +3,13 @@
 import copy
 import json
 import math
-import zlib
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from layouts import named_tensor
 from mvd.unet import MultiViewTransformer, MultiViewUNet, UNetConfig, time_embedding
 from mvd.weights import convert
 
@@ -22,16 +22,6 @@ SMALL = UNetConfig(
     head_dim=32,
     context_dim=48,
 )
-
-
-def named_tensor(name, shape):
-    """The reference's weights: drawn from the tensor's own name."""
-    w = torch.randn(
-        shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    )
-    if len(shape) > 1:
-        return w / math.sqrt(w[0].numel())
-    return 1 + 0.1 * w if name.endswith("weight") else 0.1 * w
 
 
 @pytest.fixture(scope="module")

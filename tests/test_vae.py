@@ -1,15 +1,14 @@
 """The autoencoder against the published definition's numbers, and properties of its layers."""
 
 import json
-import math
 import re
-import zlib
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from layouts import named_tensor
 from mvd.vae import VAE, VAEConfig
 
 DATA = Path(__file__).parent / "data"
@@ -34,22 +33,12 @@ def ours(ldm_name):
     return name
 
 
-def weight_from_name(name, shape):
-    """The reference draws every weight from its name: only inputs and outputs are stored."""
-    w = torch.randn(
-        shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    )
-    if len(shape) > 1:
-        return w / math.sqrt(w[0].numel())
-    return 1 + 0.1 * w if name.endswith("weight") else 0.1 * w
-
-
 @pytest.fixture(scope="module")
 def vae():
     shapes = json.loads((DATA / "keys_vae_small.json").read_text())
     model = VAE(SMALL).eval()
     model.load_state_dict(
-        {ours(name): weight_from_name(name, shape) for name, shape in shapes.items()}
+        {ours(name): named_tensor(name, shape) for name, shape in shapes.items()}
     )  # strict
     return model
 

@@ -163,14 +163,13 @@ def show(value):
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def print_changes(settings, defaults=None):
+def print_changes(settings, place="", changes=None):
     """Print each setting that is not the script's own default, and where it comes from.
 
-    settings: what `parse` returned. defaults: as for `parse`.
+    settings: what `parse` returned. place, changes: what its `defaults` gave.
     """
     own = own_defaults(type(settings))
-    place, changes = defaults(settings) if defaults else ("", {})
-    usual = {**own, **changes}
+    usual = {**own, **(changes or {})}
     from_preset, from_flags = [], []
     for name in own:
         value = getattr(settings, name)

@@ -57,13 +57,13 @@ def adamw(groups, betas):
     Each learning rate is a tensor [], `group["lr"]`, so that a CUDA graph reads what `set_rates`
     wrote last.
     """
-    groups = [(list(parameters), rate, decay) for parameters, rate, decay in groups]
-    device = groups[0][0][0].device
-    cuda = device.type == "cuda"
     settings = []
     for parameters, rate, decay in groups:
+        parameters = list(parameters)
+        device = parameters[0].device
         lr = torch.tensor(rate, device=device)
         settings.append({"params": parameters, "lr": lr, "weight_decay": decay})
+    cuda = device.type == "cuda"
     return torch.optim.AdamW(settings, betas=betas, fused=cuda, capturable=cuda)
 
 

@@ -19,6 +19,9 @@ from .files import write_atomic
 CHECKPOINT = "checkpoint.pt"
 # What versions of mvd before checkpoint.pt wrote. They cannot be continued.
 OLD_CHECKPOINT = "checkpoint.safetensors"
+# What to do, in the words of several errors and of an interrupted run.
+ANEW = "start anew without --resume, with another --out"
+GO_ON = "go on with the same command and --resume"
 # A folder that holds one of these files holds a run.
 RUN_FILES = ("config.json", "log.jsonl", CHECKPOINT, OLD_CHECKPOINT)
 
@@ -118,18 +121,17 @@ def _earlier_run(out, default, config, ignored):
 def _difference(folder, config, ignored):
     """Return one line that says why a run cannot continue in this folder; None if it can."""
     path = folder / "config.json"
-    anew = "start anew without --resume, with another --out"
     if (folder / OLD_CHECKPOINT).exists():
         return (f"{folder / OLD_CHECKPOINT} was written by an older version of mvd and cannot be "
-                f"continued; {anew}")
+                f"continued; {ANEW}")
     try:
         earlier = json.loads(path.read_bytes())
     except FileNotFoundError:
         return f"there is no run to resume in {folder}; leave out --resume to start one"
     except (OSError, ValueError) as error:
-        return f"cannot read {path} ({error}); {anew}"
+        return f"cannot read {path} ({error}); {ANEW}"
     if not isinstance(earlier, dict):
-        return f"{path} does not hold the settings of a run; {anew}"
+        return f"{path} does not hold the settings of a run; {ANEW}"
     for name in [*earlier, *config]:
         before = json.dumps(earlier[name]) if name in earlier else "nothing"
         now = json.dumps(config[name]) if name in config else "nothing"
@@ -205,8 +207,7 @@ def load_checkpoint(path):
     if not isinstance(state, dict):
         raise UserError(
             f"{path} is missing, damaged, cut short or not a checkpoint of a run, or holds more "
-            "than tensors, numbers and text, so it is not loaded; start anew without --resume, "
-            "with another --out") from problem
+            f"than tensors, numbers and text, so it is not loaded; {ANEW}") from problem
     return state
 
 
