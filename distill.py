@@ -6,6 +6,10 @@
 A field is rendered from random sides, four at a time, the model says how the pictures should
 change, and the field learns. --mode 2d asks the same network without cameras, as DreamFusion does:
 compare the faces. After Ctrl-C or a kill the same command with --resume goes on.
+
+A run's folder shows itself in index.html. For other 3D tools there are mesh.glb, mesh.obj and
+views/: eight RGBA pictures and their cameras, transforms.json, in the format of NeRF's synthetic
+scenes.
 """
 import json
 import time
@@ -16,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from mvd import cameras, mesh, presets, render, sds
+from mvd.data.transforms import write_transforms
 from mvd.model import MVDream, read_config
 from mvd.sds import DistillSettings
 from mvd.tools import cli, pictures, run
@@ -96,6 +101,20 @@ def show_progress(distillation, x0_hat, out, done):
     torch.cuda.empty_cache()
 
 
+def write_views(folder, views, camera):
+    """Write the views, without their grey background, and their cameras into a folder.
+
+    views, camera: as `view_from` returns them.
+    """
+    # Straight alpha: rgb is colour * opacity + grey * (1 - opacity).
+    behind = PICTURE_GREY * (1 - views.opacity)
+    colour = (views.rgb - behind) / views.opacity.clamp(min=1e-6)
+    rgba = torch.cat([colour, views.opacity], 1)
+    names = pictures.save_views(folder, [pictures.to_pil(view) for view in rgba])
+    c2w = cameras.orbit(camera["elevation"], camera["azimuth"], camera["distance"])
+    write_transforms(folder, names, c2w, camera["fov"], size=rgba.shape[-1])
+
+
 def progress_files(out):
     return sorted((out / "progress").glob("*.png"))
 
@@ -137,6 +156,7 @@ def write_results(distillation, out, size, done):
     tensors = {name: torch.as_tensor(value) for name, value in camera.items()}
     tensors.update(rgb=eight.rgb, opacity=eight.opacity)
     write_safetensors(out / "views.safetensors", tensors)
+    write_views(out / "views", eight, camera)
     frames, _ = view_from(distillation, [10.0 * i for i in range(36)], size)
     pictures.save_turntable(out / "turntable.webp", frames.rgb)
 
@@ -181,7 +201,7 @@ def resume(distillation, state, out):
 
 
 def distill(s, prompts, model, out, state=None):
-    """The loop: returns (Distillation, steps done), which are fewer than s.steps after Ctrl-C.
+    """The loop: returns (Distillation, steps done, the signal that ended it or 0).
 
     prompts: what to make and the negative prompt, in words that the model knows. state: what the
     checkpoint held, or None. The checkpoint is written before it returns. Raises UserError if the
@@ -239,7 +259,7 @@ def distill(s, prompts, model, out, state=None):
                 run.save_checkpoint(out / run.CHECKPOINT, state)
             if interrupted.is_set():
                 break
-    return distillation, done
+    return distillation, done, interrupted.code
 
 
 def log_step(out, done, result, distillation):
@@ -270,7 +290,7 @@ def check(s):
 def main(argv=None):
     """The command: a prompt -> a run's folder with all results.
 
-    Raises UserError; KeyboardInterrupt after Ctrl-C.
+    Raises UserError; KeyboardInterrupt after a signal.
     """
     begin = time.time()
     s = cli.parse(DistillSettings, argv, __doc__, preset_settings)
@@ -283,7 +303,7 @@ def main(argv=None):
     default = f"runs/{run.slug(s.prompt)}{'-2d' if s.mode == '2d' else ''}"
     out = run.open_run(s.out, asdict(s), s.resume, default, MAY_CHANGE)
     state = run.last_checkpoint(out) if s.resume else None
-    distillation, done = distill(s, prompts, model, out, state)
+    distillation, done, code = distill(s, prompts, model, out, state)
     if done < s.steps:
         print(
             f"interrupted after {done} of {s.steps} steps; {run.GO_ON}; "
@@ -291,7 +311,7 @@ def main(argv=None):
         )
     border = write_results(distillation, out, model.config.size, done)
     if done < s.steps:
-        raise KeyboardInterrupt
+        raise cli.interruption(code)
     print(
         f"{out}: {s.steps} steps and all results in {time.time() - begin:.0f} s, "
         f"opacity along the borders {border:.4f}; open {out / 'index.html'}"

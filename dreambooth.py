@@ -109,10 +109,19 @@ def preset_settings(flags):
 @dataclass
 class Subject:
     """What the photos are, and what they are called, computed once."""
-    posteriors: torch.Tensor  # [copies, N, 1, 2c, h, w], of the photos (`encode_posteriors`)
+    posteriors: torch.Tensor  # [copies, N, 1, 2c, h, w], of the photos (`on_greys`)
     tokens: torch.Tensor      # [W, L]: their name in W wordings
     contexts: torch.Tensor    # [W, L, D]: what the text tower makes of these, before it learns
     plain: torch.Tensor       # [W', L, D]: the same without [v], and of the empty prompt
+
+
+def on_greys(vae, rgba):
+    """Encode photos, uint8 [N, 4, H, W], GREYS times, each time on other greys."""
+    copies = []
+    for _ in range(GREYS):
+        grey = torch.rand(len(rgba), device=rgba.device)
+        copies.append(data.encode_posteriors(vae, rgba, grey))
+    return torch.stack(copies)[:, :, None]
 
 
 # ---- the paper's regulariser -----------------------------------------------------------------
@@ -273,13 +282,13 @@ class FineTuning:
 def finetune(model, subject, s, out, state=None, *, show=None):
     """The loop; afterwards model.unet, and the row of [v], hold what they have learned.
 
-    state: what the checkpoint held, or None. show(step) draws pictures. Returns the steps that are
-    done, fewer than s.steps after Ctrl-C.
+    state: what the checkpoint held, or None. show(step) draws pictures. Raises KeyboardInterrupt
+    after Ctrl-C or SIGTERM, when the checkpoint is written.
     """
     tuning = FineTuning(model, subject, s)
-    start = done = 0
+    start = 0
     if state:
-        start = done = state["step"]
+        start = state["step"]
         tuning.load_state_dict(state)
         set_random_state(state["random"])
     graphed = GraphedStep(tuning.step, tuning.device)
@@ -306,10 +315,10 @@ def finetune(model, subject, s, out, state=None, *, show=None):
             if done % s.save_every == 0 or interrupted.is_set():
                 state = {"step": done, **tuning.state_dict(), "random": random_state()}
                 run.save_checkpoint(out / run.CHECKPOINT, state)
-            if interrupted.is_set():
-                break
+            if interrupted.is_set() and not last:
+                print(f"interrupted after {done} of {s.steps} steps; {run.GO_ON}")
+                raise cli.interruption(interrupted.code)
     tuning.finish()
-    return done
 
 
 def log_row(means, strength):
@@ -424,7 +433,7 @@ def read_state(s, out):
 def main(argv=None):
     """The command: photos -> `--out` with the model.
 
-    argv: the flags; None: the command line's. Raises UserError; KeyboardInterrupt after Ctrl-C.
+    argv: the flags; None: the command line's. Raises UserError; KeyboardInterrupt after a signal.
     """
     s = cli.parse(DreamBoothSettings, argv, __doc__, preset_settings)
     check_prompt(s.prompt)
@@ -446,7 +455,7 @@ def main(argv=None):
     if s.flips:
         rgba = torch.cat([rgba, rgba.flip(-1)])
     subject = Subject(
-        posteriors=data.encode_posteriors(model.vae, rgba.to(device)[:, None], GREYS),
+        posteriors=on_greys(model.vae, rgba.to(device)),
         tokens=model.text.tokenize(prompts).to(device),
         contexts=model.embed(prompts),
         plain=model.embed(plain),
@@ -456,11 +465,8 @@ def main(argv=None):
         show_samples(model, s, out, (prompts[0], plain[0]), step)
 
     set_aside(model, s, "cpu")
-    done = finetune(model, subject, s, out, state, show=show)
-    if done < s.steps:
-        print(f"interrupted after {done} of {s.steps} steps; {run.GO_ON}")
-        raise KeyboardInterrupt
-    show_page(s, out, done)
+    finetune(model, subject, s, out, state, show=show)
+    show_page(s, out, s.steps)
     model.save(out / "model.safetensors", torch.float16)
     print(f'{out / "model.safetensors"}: python sample.py --model {out} "{s.prompt}"')
 

@@ -2,7 +2,14 @@
 
     python sample.py "a red car wearing a party hat"
     python sample.py "an astronaut riding a horse" --model mvdream-sd21
+    python sample.py "a red car" --views 16 --transforms views/car
+
+The last one also writes the views one by one, views/car/000.png and so on, and their cameras,
+transforms.json, in the format of NeRF's synthetic scenes, which other 3D tools read. The network
+knows from where it looks but not how far: 40 degrees of field of view are taken for granted, and
+the distance at which the cube [-0.5, 0.5]^3 fills the picture.
 """
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +17,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from mvd.cameras import VIEWS
+from mvd.cameras import VIEWS, orbit
+from mvd.data.transforms import write_transforms
 from mvd.model import MVDream, read_config
 from mvd.tools import cli, run
 from mvd.tools.cli import setting
 from mvd.tools.device import choose_device, choose_dtype
 from mvd.tools.errors import UserError
-from mvd.tools.pictures import grid, save_png
+from mvd.tools.pictures import grid, save_png, save_views, to_pil
 from mvd.tools.vocabulary import known_part
+
+# Of the cameras in transforms.json, degrees.
+FOV = 40.0
 
 
 @dataclass
@@ -26,6 +37,7 @@ class SampleSettings:
     prompt: str = setting(help="what to draw, in quotes", positional=True)
     model: str = setting("tiny", "tiny, mvdream-sd21, sd21, or the path of a checkpoint")
     out: str | None = setting(None, "PNG file to write (default: samples/<prompt>.png)")
+    transforms: str | None = setting(None, "folder for the single views and transforms.json")
     mode: str = setting(
         "3d", "3d: views of one thing; 2d: independent pictures", choices=("3d", "2d")
     )
@@ -61,6 +73,39 @@ def model_settings(flags):
     return settings_of(flags.model, read_config(flags.model))
 
 
+# ---- for other 3D tools ----------------------------------------------------------------------
+
+def view_folders(s):
+    """The folders that --transforms asks for: one per sample, below it if they are several.
+
+    Raises UserError if there are no cameras to write, or others are there already.
+    """
+    if s.transforms is None:
+        return []
+    if s.mode == "2d":
+        raise UserError("--transforms needs --mode 3d: independent pictures have no cameras")
+    folders = [Path(s.transforms)]
+    if s.batch > 1:
+        folders = [folders[0] / f"{i:03d}" for i in range(s.batch)]
+    for folder in [Path(s.transforms), *folders]:
+        if (folder / "transforms.json").exists():
+            raise UserError(
+                f"{folder} holds a transforms.json already: choose another folder for --transforms"
+            )
+    return folders
+
+
+def write_views(folder, images, s):
+    """Write images [V, 3, H, W] and their cameras into a folder."""
+    azimuths = s.azimuth + torch.arange(s.views) * s.span / s.views
+    distance = 0.5 / math.tan(math.radians(FOV / 2))
+    names = save_views(folder, [to_pil(image) for image in images])
+    c2w = orbit(s.elevation, azimuths, distance)
+    write_transforms(folder, names, c2w, FOV, size=s.size)
+
+
+# ---- the command -----------------------------------------------------------------------------
+
 def main(argv=None):
     """The command: a prompt -> a PNG file of views. Raises UserError."""
     s = cli.parse(SampleSettings, argv, __doc__, model_settings)
@@ -68,6 +113,7 @@ def main(argv=None):
         raise UserError(
             'the prompt is empty: say what to draw, for example "a bulldog wearing a crown"'
         )
+    folders = view_folders(s)
     device = choose_device(s.device)
     model = MVDream.load(s.model, device, choose_dtype(s.dtype, device))
     # Before anything is made: raises if the model knows no word of one, whatever the suffix is.
@@ -77,7 +123,8 @@ def main(argv=None):
     out = s.out or f"samples/{run.slug(s.prompt)}.png"
     if Path(out).is_dir():
         raise UserError(f"cannot write {out}: it is a folder; choose another name")
-    run.make_folder(out)
+    for file in [*(folder / "transforms.json" for folder in folders), out]:
+        run.make_folder(file)
     cli.print_changes(s, *settings_of(s.model, model.config))
     start = time.time()
     images = model.sample(
@@ -103,6 +150,10 @@ def main(argv=None):
     blank = images.new_ones(s.batch, missing, *images.shape[2:])
     rows = torch.cat([images, blank], 1).flatten(0, 1)
     save_png(out, grid(rows.cpu(), columns))
+    for folder, views in zip(folders, images):
+        write_views(folder, views, s)
+    if folders:
+        print(f"{s.transforms}: the same, one by one, and their cameras")
     print(f"{out}: {s.batch * s.views} views in {time.time() - start:.1f} s")
 
 

@@ -2,66 +2,97 @@
 
     python -m mvd.toyworld --out data/toy --objects 3600 --images 14400
     python train.py --data data/toy --out runs/tiny
-    python train.py --data data/toy256 --out runs/mvdream --init sd21
-    python train.py --data data/toy --out runs/decoder --init tiny --vae-steps 2500 --steps 0
+    python train.py --objects renders/ --images shards/*.tar --init sd21 --out runs/mvdream
+    torchrun --nproc-per-node=8 train.py --objects renders/ --init sd21 --out runs/mvdream
 
 Or from a model, with --init: then, as in the paper, the text tower and the autoencoder stay, and
 the UNet learns, with its new camera MLP. With --vae-steps the decoder learns, too, before the
 UNet; never the encoder, whose latents the UNet knows.
 
-A batch is multi-view with probability 0.7, else single images in 2D mode. On a GPU a training step
-is one CUDA graph. Ctrl-C or a kill loses at most --save-every steps: the same command with
---resume goes on.
+A batch is multi-view with probability 0.7, else single images in 2D mode. Data that fits is held in
+memory, its latents computed once; else it is read from its files at every step. Everything random
+is a function of the seed, the step and the place in the batch (`mvd/data/order.py`), so any number
+of processes trains the same, and a run that was interrupted or killed goes on with --resume as if
+nothing had happened; at most --save-every steps are done again.
 """
+import contextlib
 import copy
-import random
+import json
+import os
 from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from mvd import data, diffusion, presets
+from mvd import bench, data, diffusion, fit, presets
 from mvd.cameras import VIEWS
-from mvd.model import MVDream
+from mvd.model import MVDream, read_config
 from mvd.presets import PRESETS
-from mvd.tools import cli, run
+from mvd.tools import cli, parallel, run
 from mvd.tools.cli import setting
-from mvd.tools.device import (
-    GraphedStep,
-    choose_device,
-    load_optimizer,
-    random_state,
-    set_random_state,
-    side_stream,
-    tune_cuda,
-)
-from mvd.tools.errors import UserError
-from mvd.tools.optimizer import Rounded, adamw, learning_rate, set_rates, swapped_in
+from mvd.tools.device import can_compile, tune_cuda
+from mvd.tools.errors import BadMember, UserError
 from mvd.tools.page import write_page
 from mvd.tools.pictures import grid, save_png
+from mvd.tools.progress import operations_per_view
 from mvd.tools.vocabulary import IDENTIFIERS, words_of
 
-# MVDream §3.1: the share of multi-view batches.
-MULTIVIEW_SHARE = 0.7
 # The share of texts that are left out, for guidance.
 UNCONDITIONAL_SHARE = 0.1
 # Weight of the autoencoder's squared error, beside the absolute one.
 SQUARED_WEIGHT = 5
 # Weight of the autoencoder's KL divergence, per number of the latents.
 KL_WEIGHT = 1e-4
-LOG_EVERY = 100
+# The autoencoder learns from rendered pictures in three quarters of its steps.
+RENDERED_SHARE = 0.75
+# Of many objects one in fifty is held out, to measure the loss on; at most so many.
+MOST_HELD_OUT = 32
+# How often each of these is noised for that.
+VALIDATIONS = 4
+# So many new words are listed.
+MOST_WORDS = 100
+# The share of the free memory that pictures and latents may take.
+MEMORY_SHARE = 0.4
+# How the log calls the two kinds of batches.
+NAMES = {"objects": "multiview", "images": "single"}
+# The pictures of Stable Diffusion have 512 pixels, MVDream's 256.
+LARGEST = 256
 
 
 @dataclass
 class TrainSettings:
     """The flags; a preset (`presets.py`) or --init changes some defaults."""
-    data: str = setting("data/toy", "folder of rendered sets and images (python -m mvd.toyworld)")
+    data: str = setting(
+        "", "folder of python -m mvd.toyworld, its sets and its images; data/toy, if nothing is named"
+    )
+    objects: tuple = setting((), "rendered objects: folders, tar files or patterns")
+    images: tuple = setting((), "captioned images: folders, tar shards or patterns")
+    captions: tuple = setting((), "tables of the objects' captions that lie elsewhere (csv, json)")
+    background: str = setting(
+        "", "what is behind objects whose pictures have no alpha: white, black, grey"
+    )
+    bound: float = setting(
+        30.0, "degrees that a view of a set may be off its place on an even orbit", min=0, max=180
+    )
+    size: int = setting(128, "pixels of a picture", min=8, max=2048)
     out: str = setting("runs/tiny", "folder for the model, pictures, log and checkpoint")
     preset: str = setting("tiny", "sizes of the networks", choices=tuple(PRESETS))
     init: str = setting(
         "",
         "start from tiny, mvdream-sd21, sd21, or the path of a checkpoint, whatever --preset says",
     )
+    autoencoder: str = setting("", "without --init: take the trained autoencoder of this model")
+    attention: str = setting(
+        "3d", "of a new model, between views: all, at each pixel, none",
+        choices=("3d", "pixel", "view"),
+    )
+    camera: str = setting(
+        "time", "of a new model: the camera is added to the time, appended to the text, or unknown",
+        choices=("time", "text", "none"),
+    )
+    multiview_share: float = setting(0.7, "share of multi-view batches", min=0, max=1)
     vae_steps: int = setting(
         4000, "training steps of the autoencoder; with --init, of its decoder alone", min=0
     )
@@ -73,16 +104,30 @@ class TrainSettings:
     )
     views: int = setting(VIEWS, "views of a multi-view set", min=1, max=64)
     batch: int = setting(
-        64, "multi-view sets in a batch; an image batch has as many pictures", min=1
+        64, "multi-view sets in a batch of one process; an image batch has as many pictures", min=1
     )
+    accumulate: int = setting(1, "batches of each process whose gradients make one step", min=1)
     vae_lr: float = setting(1e-3, "peak learning rate of the autoencoder", min=0)
     vae_batch: int = setting(32, "pictures in a batch of the autoencoder", min=4)
     lr: float = setting(6e-4, "peak learning rate: after a warm-up, before a cosine decay", min=0)
     copies: int = setting(
-        3, "how often every object is encoded, each time on another grey", min=1
+        3, "how often what is held in memory is encoded, each time on other greys", min=1
+    )
+    memory: float | None = setting(
+        None,
+        "GiB of pictures and latents to hold, 0.4 of what is free unless you say; more is read "
+        "from the files at every step",
+        min=0,
+    )
+    workers: int | None = setting(
+        None, "processes that read files, one less than there are cores unless you say", min=0
     )
     ema: float = setting(
         0.999, "decay of the averaged weights, which are the result", min=0, max=1
+    )
+    compile: bool = setting(
+        False, "on CUDA: let torch.compile fuse the autoencoder's operations, if it is run at "
+        "every step",
     )
     sample_every: int = setting(
         2500, "steps between sample grids; a shorter run draws none", min=1
@@ -94,174 +139,131 @@ class TrainSettings:
 
 
 # Defaults with --init, for 256² pixels and weights that know much.
-FROM_INIT = dict(batch=4, lr=1e-5, vae_steps=0, vae_batch=8, vae_lr=1e-4)
+FROM_INIT = dict(batch=4, lr=1e-5, vae_steps=0, vae_batch=8, vae_lr=1e-4, compile=True)
+# What may be another on --resume; of batch and accumulate only if a step's batch stays the same.
+MAY_CHANGE = ("sample_every", "save_every", "workers", "batch", "accumulate", "memory", "compile")
 
 
 def default_settings(flags):
     """What --init or the preset changes of the defaults."""
     if flags.init:
-        return "--init (FROM_INIT in train.py)", FROM_INIT
+        size = min(read_config(flags.init).size, LARGEST)
+        return "--init (FROM_INIT in train.py)", {**FROM_INIT, "size": size}
     if flags.preset not in PRESETS:
         return "", {}  # the parser will say so
-    return presets.settings_for("train", PRESETS[flags.preset].model)
+    model = PRESETS[flags.preset].model
+    place, changes = presets.settings_for("train", model)
+    changes = {"size": model.size, **changes}
+    if flags.autoencoder:
+        changes["vae_steps"] = 0
+    return place, changes
 
 
 # ---- the losses ------------------------------------------------------------------------------
 
-def vae_loss(vae, images):
-    """Pixel errors, absolute and squared, and the KL divergence of the latents to N(0, I).
+def vae_errors(vae, images, dice):
+    """Pixel errors, absolute and squared, and the KL divergence of the latents to N(0, I): [N].
 
     Rombach et al. 2022, §3.1, without their perceptual and adversarial losses. images
     [N, 3, H, W] in [-1, 1].
     """
     mean, logvar = vae.encode(images)
-    z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
-    error = vae.decode(z).float() - images
     mean, logvar = mean.float(), logvar.float()
-    kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-    return error.abs().mean() + SQUARED_WEIGHT * (error**2).mean() + KL_WEIGHT * kl
+    z = mean + torch.exp(0.5 * logvar) * dice.normal("posterior", mean.shape[1:])
+    error = (vae.decode(z).float() - images).flatten(1)
+    kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).flatten(1)
+    return error.abs().mean(1) + SQUARED_WEIGHT * (error**2).mean(1) + KL_WEIGHT * kl.mean(1)
 
 
-def diffusion_loss(model, z, tokens, camera, no_tokens):
-    """MVDream eq. 2, with a tenth of the texts left out.
+def diffusion_errors(model, z, tokens, camera, no_tokens, dice):
+    """MVDream eq. 2 for each set, with a tenth of the texts left out: errors [B], time steps [B].
 
     z [B, V, c, h, w] unscaled, tokens [B, L], camera [B, V, 16] or None, no_tokens [1, L]: the
     empty text.
     """
-    drop = torch.rand(len(z), 1, device=z.device) < UNCONDITIONAL_SHARE
+    drop = dice.uniform("drop", (1,)) < UNCONDITIONAL_SHARE
     context = model.text(torch.where(drop, no_tokens, tokens))
+    t = dice.below("t", diffusion.NUM_TIMESTEPS)
+    noise = dice.normal("noise", z.shape[1:])
     scaled = model.config.vae.scale_factor * z
-    return diffusion.denoising_loss(model.unet, scaled, context, camera)
+    errors = diffusion.squared_errors(model.unet, scaled, context, camera, t, noise)
+    return errors.flatten(1).mean(1), t
 
 
-# ---- the loop --------------------------------------------------------------------------------
+# ---- the data --------------------------------------------------------------------------------
 
-@dataclass
-class Phase:
-    """What one run of the loop trains."""
-    name: str             # "vae" or "unet"
-    module: torch.nn.Module
-    losses: dict          # {name: function that draws a batch and returns its loss []}
-    shares: list          # the probability of each
-    steps: int
-    peak_lr: float
-    first: int            # steps of earlier phases, for the log
-    show: object          # show(step) draws pictures, with the averaged weights in place
-
-
-def fit(phase, model, s, out, state=None):
-    """AdamW on phase.module with an average of its weights, which it holds at the end.
-
-    Each step takes one of the losses, by chance. s: TrainSettings; state: a checkpoint of this
-    phase to go on from.
-    """
-    device = model.device
-    weights = list(phase.module.parameters())
-    optimizer = adamw([(weights, phase.peak_lr, 0.01)], betas=(0.9, 0.99))
-    in_bfloat16 = Rounded(phase.module)
-    average = [w.detach().clone() for w in weights]
-    renewal = torch.tensor(0.0, device=device)  # of the average; a CUDA graph reads it
-    choice = random.Random(s.seed)
-    kinds = range(len(phase.losses))
-    start = resume(phase, optimizer, average, state) if state else 0
-    choice.choices(kinds, phase.shares, k=start)  # skip those of the steps that are done
-
-    def train_step(loss_fn):
-        with in_bfloat16:
-            loss = loss_fn()
-            loss.backward()  # a 2D batch gives the camera MLP no gradient
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        update_average(average, weights, renewal)
-        return loss.detach()
-
-    steppers = [GraphedStep(lambda f=f: train_step(f), device) for f in phase.losses.values()]
-    log = Means(list(phase.losses), device)
-
-    with cli.interrupt_flag() as interrupted, side_stream(device):
-        bar = tqdm(range(start, phase.steps), initial=start, total=phase.steps, desc=phase.name)
-        for step in bar:
-            rate = learning_rate(step, phase.steps, phase.peak_lr)
-            set_rates(optimizer, rate)
-            # A young average follows the weights: its decay begins at 0.1 and grows to s.ema.
-            renewal.fill_(max(1 - s.ema, 9 / (10 + step)))
-            kind = choice.choices(kinds, phase.shares)[0]
-            log.add(kind, steppers[kind]())
-            done = step + 1
-            last = done == phase.steps
-            if done % LOG_EVERY == 0 or last:
-                means = log.take()
-                place = dict(phase=phase.name, step=phase.first + done, lr=rate)
-                run.log(out / "log.jsonl", **place, **means)
-                bar.set_postfix({name: f"{mean:.4f}" for name, mean in means.items()})
-            if done % s.sample_every == 0 or (last and phase.steps > s.sample_every):
-                kept = random_state()
-                with swapped_in(weights, average), in_bfloat16:
-                    phase.show(phase.first + done)
-                set_random_state(kept)
-            if done % s.save_every == 0 or last or interrupted.is_set():
-                save_state(out, phase, done, model, optimizer, average)
-            if interrupted.is_set():
-                print(f"interrupted in phase {phase.name} after {done} of {phase.steps} steps")
-                print(run.GO_ON)
-                raise KeyboardInterrupt
-    with torch.no_grad():
-        torch._foreach_copy_(weights, average)
+def places_of(s):
+    """The paths of objects, and those of images. Raises UserError."""
+    objects, images = list(s.objects), list(s.images)
+    folder = s.data or ("" if objects or images else "data/toy")
+    if folder:
+        sets, singles = Path(folder, "sets"), Path(folder, "images")
+        if Path(folder, "index.jsonl").exists():
+            raise UserError(
+                f"{folder} was made by an older version of mvd; make it again, in another folder, "
+                "with `python -m mvd.toyworld --out`"
+            )
+        if not (sets / "captions.json").exists() or not singles.is_dir():
+            raise UserError(
+                f"{folder} does not hold a whole data set: make one with "
+                f"`python -m mvd.toyworld --out {folder}`, or name --objects and --images"
+            )
+        objects.append(str(sets))
+        images.append(str(singles))
+    return objects, images
 
 
-def resume(phase, optimizer, average, state):
-    """Go on from a checkpoint of this phase: returns the steps that are done."""
-    phase.module.load_state_dict(state["module"])
-    load_optimizer(optimizer, state["optimizer"])
-    torch._foreach_copy_(average, [saved.to(average[0].device) for saved in state["average"]])
-    set_random_state(state["random"])
-    return state["step"]
+def find_data(s):
+    """What is trained on: (Objects or None, Images or None, [Found])."""
+    objects, images, found = None, None, []
+    object_paths, image_paths = places_of(s)
+    if object_paths:
+        objects, of_objects = data.find_objects(
+            object_paths, captions=s.captions, background=s.background or None
+        )
+        found += of_objects
+    if image_paths:
+        images, of_images = data.find_images(image_paths)
+        found += of_images
+    return objects, images, found
 
 
-@torch.no_grad()
-def update_average(average, weights, renewal):
-    """average += renewal · (weights - average), for lists of tensors."""
-    change = torch._foreach_sub(weights, average)
-    torch._foreach_mul_(change, renewal)
-    torch._foreach_add_(average, change)
+def fits_in_memory(s, found, config, device):
+    """Can all pictures, and `copies` latents of each, be held in memory?"""
+    side = s.size // 2 ** (len(config.vae.channel_mult) - 1)
+    latents = 2 * 2 * config.vae.z_channels * side**2
+    wanted = sum(f.pictures for f in found) * (4 * s.size**2 + s.copies * latents)
+    if s.memory is not None:
+        return wanted <= s.memory * 2**30
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if device.type == "cuda":
+        free = min(free, torch.cuda.mem_get_info(device)[0])
+    return wanted <= MEMORY_SHARE * free
 
 
-class Means:
-    """Means of losses between two lines of the log, summed without waiting for the device."""
-
-    def __init__(self, names, device):
-        self.names = names
-        self.sums = torch.zeros(len(names), device=device)
-        self.counts = [0] * len(names)
-
-    def add(self, kind, loss):
-        self.sums[kind] += loss
-        self.counts[kind] += 1
-
-    def take(self):
-        """{name: mean} of the losses that were added since the last time."""
-        means = {}
-        for name, total, count in zip(self.names, self.sums.tolist(), self.counts):
-            if count:
-                means[name] = total / count
-        self.sums.zero_()
-        self.counts = [0] * len(self.names)
-        return means
+def workers_of(s, pictures):
+    """How many processes read: none for little, since they take seconds to start."""
+    if s.workers is not None:
+        return s.workers
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, os.cpu_count() // here - 1) if pictures > 5000 else 0
 
 
-def save_state(out, phase, step, model, optimizer, average):
-    """Write the checkpoint from which --resume goes on."""
-    state = {
-        "phase": phase.name,
-        "step": step,
-        "module": phase.module.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "average": average,
-        "vae": model.vae.state_dict(),
-        "random": random_state(),
-    }
-    run.save_checkpoint(out / run.CHECKPOINT, state)
+def all_captions(objects, images):
+    """All captions of all items, one after the other."""
+    for source in filter(None, (objects, images)):
+        for i in tqdm(range(len(source)), desc="captions", leave=False, delay=1):
+            try:
+                yield from source.captions(i)
+            except BadMember:
+                pass  # it is left out when its turn comes
+
+
+def held_out(count, seed):
+    """Which of `count` objects are held out, and which are learned from: two int64 tensors."""
+    number = min(MOST_HELD_OUT, count // 50)
+    order = data.items_at(count, data.hashed(seed, "held out"), torch.arange(count))
+    return order[:number], order[number:].sort().values
 
 
 # ---- the two phases --------------------------------------------------------------------------
@@ -269,21 +271,145 @@ def save_state(out, phase, step, model, optimizer, average):
 class Training:
     """A run: the model, its data, its folder, and the two phases that train it."""
 
-    def __init__(self, s, model, d):
-        """s: TrainSettings; model: MVDream; d: data.Data. Raises UserError for unknown words."""
-        self.s = s
-        self.model = model
-        self.d = d
+    def __init__(self, s, device):
+        """Read the data and make the model. s: TrainSettings. Raises UserError."""
+        self.s, self.device = s, device
         self.out = None  # the run's folder, made when all else is checked
-        self.device = model.device
-        self.sets = d.sets.to(self.device)  # uint8 [N, views, 4, H, W]
-        self.images = d.images.to(self.device)  # uint8 [M, 4, H, W]
-        every = max(1, len(d.image_captions) // 8)
-        self.prompts = [captions[0] for captions in d.image_captions[::every]][:8]
-        text, suffix = model.text, model.config.suffix
-        self.set_tokens = data.token_table(text, d.set_captions, suffix).to(self.device)
-        self.image_tokens = data.token_table(text, d.image_captions).to(self.device)
-        self.no_tokens = text.tokenize([""]).to(self.device)
+        self.logged = set()  # names of what was left out, as far as the log has them
+        self.objects, self.images, found = find_data(s)
+        self.pictures = sum(f.pictures for f in found)
+        self.listed = [entry for f in found for entry in f.left_out]
+        listed = data.Tally(self.pictures + sum(pictures for *_, pictures in self.listed))
+        listed.add(self.listed, listed.total)
+        self.tally = data.Tally(self.pictures)  # of what is read from now on
+        self.workers = workers_of(s, self.pictures)
+        if parallel.is_first():
+            for f in found:
+                print(f.line())
+        config = read_config(s.init) if s.init else PRESETS[s.preset].model
+        self.in_memory = was_in_memory(s)
+        if self.in_memory is None:
+            self.in_memory = fits_in_memory(s, found, config, device)
+        captions = self.read() if self.in_memory else self.open()
+        self.model = load_model(s, captions(), device)
+        self.new_rows = None
+        if s.init:
+            self.learn_words(captions())
+        self.model.unet.requires_grad_(True)  # what --init loads, it loads for inference
+        self.unrounded = {}
+        if s.init and not s.vae_steps and device.type == "cuda":
+            self.round_frozen()
+        self.feed = self.make_feed()
+        self.no_tokens = self.model.text.tokenize([""]).to(device)
+        self.prompts = self.some_prompts()
+
+    # ---- reading ----
+
+    def read(self):
+        """Hold everything in memory; a function that gives all captions."""
+        s = self.s
+        with tqdm(
+            total=self.pictures, desc="reading", unit="picture", disable=not parallel.is_first()
+        ) as bar:
+            self.held = data.read_everything(
+                self.objects, self.images, size=s.size, views=s.views, bound=s.bound,
+                workers=self.workers, progress=bar.update,
+            )
+        self.tally.add(self.held.left_out, self.pictures)
+        self.check_counts(len(self.held.object_names), len(self.held.image_names))
+        return lambda: chain(*self.held.object_captions, *self.held.image_captions)
+
+    def open(self):
+        """Read from files at every step; a function that gives all captions."""
+        self.held = None
+        self.check_counts(len(self.objects or ()), len(self.images or ()))
+        return lambda: all_captions(self.objects, self.images)
+
+    def check_counts(self, objects, images):
+        """Say which kinds of batches there can be. Raises UserError if there is none."""
+        s = self.s
+        if self.objects and not objects:
+            raise UserError(
+                f"no object has {s.views} views within {s.bound:g} degrees of an even orbit, "
+                "with a caption; see `python -m mvd.data`, or try a wider --bound"
+            )
+        share = s.multiview_share
+        shares = {"objects": share, "images": 1 - share}
+        counts = {"objects": objects, "images": images}
+        self.shares = {kind: x for kind, x in shares.items() if counts[kind] and x}
+        if not self.shares:
+            raise UserError("the kind of data that --multiview-share asks for is not there")
+        self.held_out, learned = held_out(max(1, objects), s.seed)
+        self.learned = {"objects": learned, "images": torch.arange(images)}
+
+    def learn_words(self, captions):
+        """Give words that a model with a small vocabulary has never seen rows that learn."""
+        text = self.model.text
+        words = text.add_words(captions)
+        if not words:
+            return
+        self.new_rows = torch.zeros(len(text.row_of), 1, dtype=torch.bool, device=self.device)
+        self.new_rows[text.own_rows(words)] = True
+        if parallel.is_first():
+            some = " ".join(words[:MOST_WORDS]) + (" ..." if len(words) > MOST_WORDS else "")
+            print(f"{len(words)} words are new to the model and are learned: {some}")
+
+    def round_frozen(self):
+        """Let what does not learn compute in bfloat16; the file's own numbers wait on the CPU."""
+        model = self.model
+        for part in (model.vae, model.text):
+            if part is model.vae or self.new_rows is None:
+                self.unrounded[part] = {k: w.cpu() for k, w in part.state_dict().items()}
+                part.bfloat16()
+
+    def finish(self):
+        """Give what was rounded its own numbers back."""
+        for part, weights in self.unrounded.items():
+            part.float().load_state_dict(weights)
+
+    def make_feed(self):
+        """Where batches come from."""
+        s, model = self.s, self.model
+        if self.in_memory:
+            return data.FromMemory(self.held, model, s.seed, self.learned)
+        examples = data.Examples(
+            self.objects, self.images, size=s.size, views=s.views, bound=s.bound, seed=s.seed,
+            chosen=self.learned,
+        )
+        return data.FromFiles(examples, model, self.workers, self.report)
+
+    def some_prompts(self):
+        """Eight captions, of images if there are any, to draw."""
+        if self.in_memory:
+            lists = self.held.image_captions or self.held.object_captions
+            return [lists[i][0] for i in range(0, len(lists), max(1, len(lists) // 8))][:8]
+        source, prompts = self.images or self.objects, []
+        for i in range(0, len(source), max(1, len(source) // 8)):
+            with contextlib.suppress(BadMember):
+                prompts += source.captions(i)[:1]
+        return prompts[:8]
+
+    def begin(self):
+        """The run's folder is there: log what was left out while the data was read."""
+        rows = run.read_log(self.out / "log.jsonl")
+        self.logged = {row["left_out"] for row in rows if "left_out" in row}
+        left_out = [*self.listed, *self.tally.left_out.values()]
+        self.log_left_out(left_out)
+        if left_out and parallel.is_first():
+            print(f"{len(left_out)} left out; {self.out / 'log.jsonl'} names them, with reasons")
+
+    def report(self, batch):
+        """Count and log what was left out of a batch. Raises UserError if it is too much."""
+        self.log_left_out(self.tally.add(batch.left_out, batch.tried))
+
+    def log_left_out(self, entries):
+        """Name what was left out, once, in the log."""
+        for name, reason, _ in entries:
+            if name not in self.logged and parallel.is_first():
+                run.log(self.out / "log.jsonl", left_out=name, reason=reason)
+            self.logged.add(name)
+
+    # ---- seeing it ----
 
     def show_page(self, step):
         """Write the page of the run after so many steps of both phases."""
@@ -291,42 +417,43 @@ class Training:
         newest = {}
         for kind in ("samples", "vae"):
             newest[kind] = sorted(progress.glob(f"{kind}_*.png"))[-1:]
-        curves = {"multiview": [], "single": []}
+        curves = {"multiview": [], "single": [], "validation": []}
         for row in run.read_log(self.out / "log.jsonl"):
             for name, points in curves.items():
-                if row["phase"] == "unet" and name in row:
+                if row.get("phase") == "unet" and name in row:
                     points.append((row["step"] - s.vae_steps, row[name]))
         samples = "Samples: a row is two sets of views, each with a picture in 2D mode"
         figures = {
             samples: newest["samples"],
-            "Loss": curves,
+            "Loss": {name: points for name, points in curves.items() if points},
             "Pictures, and below them what the autoencoder makes of them": newest["vae"],
         }
         total = s.vae_steps + s.steps
         status = f"{step} of {total} steps"
-        title = f"Training on {s.data}"
+        title = f"Training on {s.data or ' '.join([*s.objects, *s.images])}"
         write_page(self.out, title, status, asdict(s), figures, live=step < total)
+
+    def plan(self, shares, sizes, pictures, steps):
+        """The batches of a phase."""
+        return data.Plan(
+            self.s.seed, shares, sizes, steps, pictures, self.s.accumulate, parallel.rank(),
+            parallel.ranks(),
+        )
 
     # ---- the autoencoder, or its decoder ----
 
-    def draw_pictures(self, batch, share=0.5):
-        """[batch, 3, H, W] in [-1, 1], on random greys, a `share` of them in other colours.
-
-        Three quarters come from the sets, the rest are single images.
-        """
-        n = batch * 3 // 4
-        i, view = data.draw_indices(self.sets.shape[:2], n, self.device)
-        (j,) = data.draw_indices(self.images.shape[:1], batch - n, self.device)
-        pictures = torch.cat([self.sets[i, view], self.images[j]])
-        pictures = data.recolour(pictures, share)
-        grey = torch.rand(batch, device=self.device)
-        return data.on_grey(pictures, grey)
+    def vae_loss(self, kind, dice, *batch):
+        """Errors of the autoencoder on pictures over greys, half of them in other colours."""
+        pictures = data.recolour(self.feed.pictures(kind, *batch), dice)
+        pictures = data.on_grey(pictures, dice.uniform("grey"))
+        return vae_errors(self.model.vae, pictures, dice), None
 
     @torch.no_grad()
     def show_vae(self, step):
         """Draw pictures and what the autoencoder makes of them; log how near they are."""
-        torch.manual_seed(self.s.seed)
-        pictures = self.draw_pictures(32, share=0.0)  # in the colours of the data
+        rgba = self.feed.some_pictures(32).to(self.device)
+        dice = data.Dice(self.s.seed, "shown", torch.arange(len(rgba), device=self.device))
+        pictures = data.on_grey(rgba, dice.uniform("grey"))
         mean, _ = self.model.vae.encode(pictures)
         decoded = self.model.vae.decode(mean).float().clamp(-1, 1)
         psnr = -10 * torch.log10(torch.mean((decoded - pictures) ** 2 / 4)).item()
@@ -342,40 +469,62 @@ class Training:
         if s.init:
             learning = torch.nn.ModuleList([vae.post_quant_conv, vae.decoder])
         learning.requires_grad_(True)
-
-        def loss():
-            return vae_loss(vae, self.draw_pictures(s.vae_batch))
-
-        phase = Phase(
-            name="vae", module=learning, losses={"loss": loss}, shares=[1.0],
-            steps=s.vae_steps, peak_lr=s.vae_lr, first=0, show=self.show_vae,
+        shares = {"objects": RENDERED_SHARE, "images": 1 - RENDERED_SHARE}
+        shares = {kind: x for kind, x in shares.items() if kind in self.shares}
+        # A batch of rendered pictures has whole sets.
+        sizes = {"objects": -(-s.vae_batch // s.views) * s.views, "images": s.vae_batch}
+        plan = self.plan(shares, sizes, {"objects": 1, "images": 1}, s.vae_steps)
+        phase = fit.Phase(
+            name="vae", module=learning, loss=self.vae_loss, plan=plan,
+            stream=lambda start: self.feed.stream(plan, "vae", start), peak_lr=s.vae_lr, first=0,
+            show=self.show_vae, names=NAMES, more=self.more,
         )
-        fit(phase, self.model, s, self.out, state)
+        fit.fit(phase, self.model, s, self.out, state)
 
-    # ---- the UNet and the text tower, on latents that are computed once ----
+    # ---- the UNet and the text tower ----
 
     def encode(self):
-        """The posteriors of all sets [copies, N, n, 2c, h, w] and images [copies, M, 1, 2c, h, w].
+        """Compute latents once, of what is held; scale those of a new autoencoder.
 
-        A new model's latents are scaled such that the UNet sees a standard deviation of 1.
+        The UNet then sees a standard deviation of 1.
         """
-        vae, copies = self.model.vae, self.s.copies
+        config = self.model.config
+        own = not self.s.init and not self.s.autoencoder
         try:
-            sets = data.encode_posteriors(vae, self.sets, copies)
-            images = data.encode_posteriors(vae, self.images[:, None], copies)
+            if self.in_memory:
+                self.feed.encode(self.s.copies)
+            if own:
+                scale = 1 / self.feed.deviation()
+                config.vae.scale_factor = parallel.first(lambda: scale)
         except KeyboardInterrupt:
             print(f"interrupted while the pictures were encoded; {run.GO_ON}")
             raise
-        if not self.s.init:
-            mean, _ = sets.chunk(2, dim=3)
-            self.model.config.vae.scale_factor = 1 / mean.float().std().item()
-        # Only latents are needed from here on.
-        self.sets = self.images = self.d.sets = self.d.images = None
-        return sets, images
+        self.held = None  # from here on only latents are needed
+
+    def unet_loss(self, kind, dice, *batch):
+        """MVDream eq. 2 on latents."""
+        z, tokens, camera = self.feed.latents(kind, dice, *batch)
+        return diffusion_errors(self.model, z, tokens, camera, self.no_tokens, dice)
+
+    @torch.no_grad()
+    def validation(self):
+        """The loss on objects that are held out, with the same noise every time; None: none are."""
+        if not len(self.held_out):
+            return None
+        errors = []
+        for turn in range(VALIDATIONS):
+            places = turn * len(self.held_out) + torch.arange(len(self.held_out))
+            dice = data.Dice(self.s.seed, "validation", places.to(self.device))
+            batch = [tensor.to(self.device) for tensor in self.held_out_batch]
+            errors.append(self.unet_loss("objects", dice, *batch)[0])
+        return torch.cat(errors).mean().item()
 
     def show_samples(self, step):
-        """Draw eight sets of views, each with a picture in 2D mode."""
+        """Draw eight sets of views, each with a picture in 2D mode; log the validation loss."""
         s = self.s
+        loss = self.validation()
+        if loss is not None:
+            run.log(self.out / "log.jsonl", phase="unet", step=step, validation=loss)
         sets = self.model.sample(self.prompts, views=s.views, steps=25, seed=s.seed)
         singles = self.model.sample(self.prompts, steps=25, seed=s.seed, views=1, mode="2d")
         pictures = torch.cat([sets, singles], 1).flatten(0, 1)
@@ -383,41 +532,66 @@ class Training:
         save_png(path, grid(pictures, 2 * (s.views + 1)))
         self.show_page(step)
 
+    def share_of_speed(self):
+        """A function: views per second -> share of the card's measured speed; None on a CPU."""
+        if self.device.type != "cuda":
+            return None
+        config = self.model.config
+        operations = operations_per_view(config, self.s.views, not self.in_memory)
+        speed, _ = bench.speeds(self.device, torch.bfloat16)
+        return lambda views: parallel.ranks() ** -1 * views * operations / speed
+
     def train_unet(self, state):
-        """Phase two. With --init the text tower stays as it is."""
+        """Phase two. With --init the text tower stays as it is, but for words that are new."""
         s, model = self.s, self.model
-        torch.manual_seed(s.seed + 1)
-        sets, images = self.encode()
-        cameras = self.d.set_cameras.to(self.device)
-
-        def multiview():
-            batch = data.multiview_batch(sets, cameras, self.set_tokens, s.batch, s.views)
-            z, tokens, camera = batch
-            return diffusion_loss(model, z, tokens, camera, self.no_tokens)
-
-        def single():
-            z, tokens = data.image_batch(images, self.image_tokens, s.views * s.batch)
-            return diffusion_loss(model, z, tokens, None, self.no_tokens)
-
-        learning = [model.unet] if s.init else [model.unet, model.text]
-        phase = Phase(
-            name="unet", module=torch.nn.ModuleList(learning),
-            losses={"multiview": multiview, "single": single},
-            shares=[MULTIVIEW_SHARE, 1 - MULTIVIEW_SHARE], steps=s.steps, peak_lr=s.lr,
-            first=s.vae_steps, show=self.show_samples,
+        self.encode()
+        if len(self.held_out):
+            self.held_out_batch = self.feed.batch_of(self.held_out)
+        learning, rows = [model.unet], None
+        if not s.init:
+            learning.append(model.text)
+        elif self.new_rows is not None:
+            model.text.token_embedding.requires_grad_(True)
+            learning.append(model.text.token_embedding)
+            rows = model.text.token_embedding.weight, self.new_rows
+        sizes = {"objects": s.batch, "images": s.views * s.batch}
+        plan = self.plan(self.shares, sizes, {"objects": s.views, "images": 1}, s.steps)
+        phase = fit.Phase(
+            name="unet", module=torch.nn.ModuleList(learning), loss=self.unet_loss, plan=plan,
+            stream=lambda start: self.feed.stream(plan, "unet", start), peak_lr=s.lr,
+            first=s.vae_steps, show=self.show_samples, names=NAMES, more=self.more, rows=rows,
+            share=self.share_of_speed(),
         )
-        fit(phase, model, s, self.out, state)
+        fit.fit(phase, model, s, self.out, state)
+
+    def more(self):
+        """What a checkpoint holds beside the weights that its phase learns."""
+        return {"vae": self.model.vae.state_dict()} if self.s.vae_steps else {}
 
 
 # ---- the command -----------------------------------------------------------------------------
 
-def new_model(preset, d):
-    """A model of random weights that knows the words of the captions of d (data.Data)."""
-    config = copy.deepcopy(PRESETS[preset].model)
+def load_model(s, captions, device):
+    """The model to begin with: what --init names, or a new one that knows the captions' words."""
+    torch.manual_seed(s.seed)  # all processes must begin with the same weights
+    if s.init:
+        return MVDream.load(s.init, device)
+    model = new_model(s, captions)
+    if s.autoencoder:
+        trained = MVDream.load(s.autoencoder)
+        model.config.vae = trained.config.vae
+        model.vae = trained.vae
+    return model.to(device)
+
+
+def new_model(s, captions):
+    """A model of random weights that knows the words of the captions, an iterable of texts."""
+    config = copy.deepcopy(PRESETS[s.preset].model)
+    config.size = s.size
+    config.unet.attention, config.unet.camera = s.attention, s.camera
     words = set(IDENTIFIERS) | set(words_of(config.suffix))
-    for captions in (*d.set_captions, *d.image_captions):
-        for caption in captions:
-            words.update(words_of(caption))
+    for caption in captions:
+        words.update(words_of(caption))
     config.text.words = tuple(sorted(words - {","}))
     model = MVDream(config)
     # Latents start with little noise: the autoencoder learns sooner.
@@ -426,70 +600,101 @@ def new_model(preset, d):
     return model
 
 
-def check_size(s, model, size):
-    """Raise UserError unless the model can learn from pictures of `size` pixels."""
-    wanted = model.config.size
-    fits = size == wanted
-    if s.init:
-        wanted = f"a multiple of {model.size_multiple}"
-        fits = size % model.size_multiple == 0
-    if not fits:
+def check_settings(s):
+    """Raise UserError for settings that do not go together."""
+    if s.steps == 0 and not (s.init and s.vae_steps):
         raise UserError(
-            f"{s.data} has pictures of {size} pixels, but this model needs {wanted}; make others"
+            "--steps 0 leaves the UNet as it is: name a model with --init, "
+            "and with --vae-steps how long its decoder learns"
         )
+    if s.init and (s.autoencoder or s.attention != "3d" or s.camera != "time"):
+        raise UserError(
+            "--autoencoder, --attention and --camera are for new models; --init brings its own"
+        )
+    if s.autoencoder and s.vae_steps:
+        raise UserError("--autoencoder brings a trained one: leave out --vae-steps")
+
+
+def whole_batch(s):
+    """What config.json says beside the flags: the sets of a step, of all processes."""
+    return {"step_batch": s.batch * s.accumulate * parallel.ranks()}
+
+
+def earlier_config(out):
+    """The settings of the run in the folder `out`, {} if there is none that can be read."""
+    try:
+        config = json.loads((Path(out) / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def was_in_memory(s):
+    """Did the run that --resume goes on with hold its data in memory? None: there is none."""
+    return earlier_config(s.out).get("in_memory") if s.resume else None
 
 
 def read_state(s, out):
     """The checkpoint to go on from, or one of no phase. Truncates the log to it."""
     state = run.last_checkpoint(out) if s.resume else None
     if state and state.get("phase") not in ("vae", "unet"):
+        raise UserError(f"{out / run.CHECKPOINT} is not of a training; {run.ANEW}")
+    if state and "theta" not in state:
         raise UserError(
-            f"{out / run.CHECKPOINT} is not of a training; {run.ANEW}"
+            f"{out / run.CHECKPOINT} was written by an older version of mvd; {run.ANEW}"
         )
     state = state or {"phase": None, "step": 0}
     before = s.vae_steps if state["phase"] == "unet" else 0
-    run.truncate_log(out / "log.jsonl", before + state["step"] + 1)
+    if parallel.is_first():
+        run.truncate_log(out / "log.jsonl", before + state["step"] + 1)
     return state
 
 
+def prepare(s, device):
+    """Read the data, make the model: Training. Raises UserError."""
+    training = Training(s, device)
+    model = training.model
+    if s.steps:
+        model.config.size = s.size  # what the UNet learns to draw
+    model.check_size(s.size)
+    if s.compile and can_compile(device):
+        training.feed.compile_encoder()
+    return training
+
+
 def main(argv=None):
-    """The command: a data folder -> `--out` with the model.
+    """The command: data -> `--out` with the model.
 
     argv: the flags; None: the command line's. Raises UserError; KeyboardInterrupt after Ctrl-C.
     """
     s = cli.parse(TrainSettings, argv, __doc__, default_settings)
-    if s.steps == 0 and not (s.init and s.vae_steps):
-        raise UserError(
-            "--steps 0 leaves the UNet as it is: name a model with --init, "
-            "and with --vae-steps how long its decoder learns"
-        )
-    device = choose_device(s.device)
-    d = data.read_folder(s.data, s.views)
-    torch.manual_seed(s.seed)
+    s.resume = s.resume or (parallel.restarted() and run.holds_run(s.out))
+    check_settings(s)
+    device = parallel.start(s.device)
     tune_cuda(tf32=True)
-    model = MVDream.load(s.init, device) if s.init else new_model(s.preset, d).to(device)
-    size = d.sets.shape[-1]
-    check_size(s, model, size)
-    if s.init and s.steps:
-        model.config.size = size  # what the UNet learns to draw
-    model.unet.requires_grad_(True)  # what --init loads, it loads for inference
-
-    training = Training(s, model, d)
-    may_change = ("sample_every", "save_every")
-    training.out = out = run.open_run(s.out, asdict(s), s.resume, may_change=may_change)
-    state = read_state(s, out)
-    cli.print_changes(s, *default_settings(s))
-    if state["phase"]:
+    training = parallel.together(lambda: prepare(s, device))
+    model = training.model
+    config = {**asdict(s), **whole_batch(s), "in_memory": training.in_memory}
+    out = parallel.first(lambda: run.open_run(s.out, config, s.resume, may_change=MAY_CHANGE))
+    training.out = out
+    state = parallel.together(lambda: read_state(s, out))
+    if parallel.is_first():
+        cli.print_changes(s, *default_settings(s))
+    training.begin()
+    if "vae" in state:
         model.vae.load_state_dict(state["vae"])
     if s.vae_steps and state["phase"] != "unet":
         training.train_vae(state if state["phase"] == "vae" else None)
     model.vae.requires_grad_(False)
     if s.steps:
         training.train_unet(state if state["phase"] == "unet" else None)
-    training.show_page(s.vae_steps + s.steps)
-    path = out / "model.safetensors"
-    model.save(path, torch.float16)
-    print(f'{path}: python sample.py --model {path} "{training.prompts[0]}"')
+    training.finish()
+    if parallel.is_first():
+        training.show_page(s.vae_steps + s.steps)
+        path = out / "model.safetensors"
+        model.save(path, torch.float16)
+        print(f'{path}: python sample.py --model {path} "{training.prompts[0]}"')
+    parallel.finish()
 
 
 if __name__ == "__main__":

@@ -84,16 +84,24 @@ def predict_noise(unet, x_t, t, context, camera=None):
     return unet(x_t, t, context, camera).float()
 
 
+def squared_errors(unet, x0, context, camera, t, noise):
+    """(ε - ε_θ(x_t; y, c, t))², number by number: [B, V, c, h, w].
+
+    x0 [B, V, c, h, w]: scaled latents; t [B]; noise like x0. context and camera as in
+    `predict_noise`.
+    """
+    eps = predict_noise(unet, q_sample(x0, t, noise), t, context, camera)
+    return (eps - noise) ** 2
+
+
 def denoising_loss(unet, x0, context, camera=None):
     """‖ε - ε_θ(x_t; y, c, t)‖² at a random t per set, the mean over all numbers (MVDream eq. 2).
 
-    x0 [B, V, c, h, w]: scaled latents. context and camera as in `predict_noise`.
-    The time steps are drawn first, then the noise.
+    Arguments as in `squared_errors`. The time steps are drawn first, then the noise.
     """
     t = torch.randint(NUM_TIMESTEPS, (len(x0),), device=x0.device)
     noise = torch.randn_like(x0)
-    eps = predict_noise(unet, q_sample(x0, t, noise), t, context, camera)
-    return torch.mean((eps - noise) ** 2)
+    return torch.mean(squared_errors(unet, x0, context, camera, t, noise))
 
 
 # ---- guidance --------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from .tools.device import GraphedStep, side_stream, without_cudnn_search
 from .tools.errors import UserError
 from .tools.files import write_atomic, write_safetensors
 from .tools.vocabulary import known_part
-from .unet import MultiViewUNet, zero_camera_mlp
+from .unet import MultiViewUNet, is_variant, zero_camera_mlp
 from .vae import VAE
 
 # The model that the repository ships.
@@ -141,7 +141,9 @@ class MVDream(nn.Module):
         """
         path = find_file(name)
         config, parts = read_model(path)
-        if not has_camera(parts):
+        if override:
+            config = presets.override(config, override)
+        if config.unet.camera != "none" and not has_camera(parts):
             warnings.warn(
                 f"{path} knows no cameras (it is plain Stable Diffusion): its 2D mode draws, its "
                 "3D mode must be trained first (train.py --init)",
@@ -149,8 +151,6 @@ class MVDream(nn.Module):
             )
             for key, tensor in zero_camera_mlp(config.unet).state_dict().items():
                 parts["unet"][f"camera_mlp.{key}"] = tensor
-        if override:
-            config = presets.override(config, override)
         with torch.device("meta"):
             model = MVDream(config)
         for part, tensors in parts.items():
@@ -174,6 +174,11 @@ class MVDream(nn.Module):
         for part in ("unet", "vae", "text"):
             state = getattr(self, part).state_dict()
             parts[part] = {key: t.detach().to(dtype or t.dtype) for key, t in state.items()}
+        if layout != "mvd" and is_variant(self.config.unet):
+            raise UserError(
+                f"cannot write {path}: MVDream's layout has no UNet of this kind (attention "
+                f"{self.config.unet.attention!r}, camera {self.config.unet.camera!r}); use ours"
+            )
         ending = Path(path).suffix
         pickled = ending in (".pt", ".ckpt")
         if pickled and (layout == "mvd" or self.config.text.words):

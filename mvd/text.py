@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .tools.vocabulary import known_part
+from .tools.vocabulary import known_part, new_words
 
 
 @dataclass
@@ -41,6 +41,12 @@ def tokenizer():
     from open_clip.tokenizer import SimpleTokenizer  # importing open_clip takes seconds
 
     return SimpleTokenizer()
+
+
+@lru_cache(maxsize=2**16)
+def spell(word):
+    """The token numbers of one word, a tuple."""
+    return tuple(tokenizer().encode(word))
 
 
 class Block(nn.Module):
@@ -93,16 +99,17 @@ class TextTower(nn.Module):
     def rows_of_tokens(self, words):
         """{token number: row of the embedding table}; all of CLIP's tokens if no words are given.
 
-        A cut table keeps token 0, which pads and stays row 0, the start, the end, the comma, and
-        the tokens that spell the words, in ascending order.
+        A cut table keeps those of `tokens_kept`, in ascending order, so that token 0 is row 0.
         """
-        bpe = tokenizer()
-        if not words:
-            return {token: token for token in range(bpe.vocab_size)}
-        kept = {0, self.start, self.end, *bpe.encode(",")}
-        for word in words:
-            kept.update(bpe.encode(word))
+        kept = self.tokens_kept(words) if words else range(tokenizer().vocab_size)
         return {token: row for row, token in enumerate(sorted(kept))}
+
+    def tokens_kept(self, words):
+        """The token numbers of a cut table, a set: 0 (it pads), start, end, comma, the words'."""
+        kept = {0, self.start, self.end, *spell(",")}
+        for word in words:
+            kept.update(spell(word))
+        return kept
 
     def initialise(self):
         """The deviations that CLIP starts from, smaller where residuals add up (GPT-2, §2.3)."""
@@ -120,9 +127,53 @@ class TextTower(nn.Module):
         if self.config.output_dim is not None:
             nn.init.normal_(self.text_projection, std=width**-0.5)
 
+    # ---- words ----
+
     def word_rows(self, word):
         """The rows of the embedding table that spell a word: int64 [n]."""
-        return torch.tensor([self.row_of[token] for token in tokenizer().encode(word)])
+        return torch.tensor([self.row_of[token] for token in spell(word)])
+
+    def own_rows(self, words):
+        """The rows that spell these words and no other word of the model: int64 [n], ascending.
+
+        For words that `add_words` has just added, they are the rows that are new.
+        """
+        shared = self.tokens_kept(set(self.config.words) - set(words))
+        own = {token for word in words for token in spell(word)} - shared
+        return torch.tensor(sorted(self.row_of[token] for token in own), dtype=torch.int64)
+
+    @torch.no_grad()
+    def add_words(self, words):
+        """Let a model with a cut table know more words: those that were new, sorted.
+
+        New rows are random, each number with the mean and deviation that it has over the rows of
+        the table: so the blocks meet what they are used to. (Rows with a deviation of 0.02, as at
+        the start of a training, changed the context of the tiny model a third less.) The old ones
+        keep their numbers, but move: `token_embedding.weight` is a new parameter, and all row
+        numbers from before (`tokenize`, `word_rows`) are void. The same words give the same rows.
+        """
+        config = self.config
+        added = new_words(words, config)
+        if not added:
+            return []
+        old_row_of, old = self.row_of, self.token_embedding.weight
+        config.words = tuple(sorted({*config.words, *added}))
+        self.row_of = self.rows_of_tokens(config.words)
+
+        generator = torch.Generator().manual_seed(0)
+        table = torch.randn(len(self.row_of), config.width, generator=generator)
+        table = old.mean(0) + old.std(0) * table.to(old)
+        table[[self.row_of[token] for token in old_row_of]] = old
+        self.token_embedding = nn.Embedding(len(table), config.width, _weight=table)
+        self.token_embedding.requires_grad_(old.requires_grad)
+        return added
+
+    def tokens_of(self, known):
+        """The token numbers, a list, of a `known_part`."""
+        if not self.config.words:
+            return tokenizer().encode(known)
+        # Word by word, as the table was made, whatever the tokenizer does with a whole text.
+        return [token for word in known.split() for token in spell(word)]
 
     def tokenize(self, prompts):
         """A list of B prompts -> rows of the embedding table, int64 [B, L]: start, words, end, 0...
@@ -133,7 +184,7 @@ class TextTower(nn.Module):
         length = self.config.context_length
         rows = torch.zeros(len(prompts), length, dtype=torch.int64)
         for i, prompt in enumerate(prompts):
-            tokens = tokenizer().encode(known_part(prompt, self.config))
+            tokens = self.tokens_of(known_part(prompt, self.config))
             if len(tokens) > length - 2:
                 warnings.warn(
                     f"the prompt {prompt!r} is longer than {length - 2} tokens and is cut",

@@ -6,7 +6,8 @@
    embedding.
 
 Without a camera both are off: each view attends to itself alone, and the same weights are a
-text-to-image model (the 2D mode).
+text-to-image model (the 2D mode). `UNetConfig` can exchange either change for another one, which
+the paper compares it with.
 
 The file goes from small to large: embeddings, convolutions, ResBlock, attention, transformer, the
 blocks of the U, and the U itself. N stands for B·V, the views of all sets.
@@ -19,6 +20,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from .groupnorm import GroupNorm
+from .tools.errors import UserError
+
+# What stands for the two changes; the first of each is MVDream's, the others its ablations.
+ATTENTION = ("3d", "pixel", "view")
+CAMERA = ("time", "text", "none")
 
 
 @dataclass
@@ -37,6 +43,12 @@ class UNetConfig:
     camera_dim: int = 16
     # Groups of every group norm.
     groups: int = 32
+    # How the views of a set see each other. "3d": self-attention over all tokens of all views;
+    # "pixel": each view alone, then a new layer over the V tokens of one pixel; "view": not at all.
+    attention: str = "3d"
+    # Where the camera of a view goes. "time": its MLP is added to the time embedding; "text": it
+    # is one more token of the text that this view sees; "none": nowhere.
+    camera: str = "time"
 
 
 # ---- time and camera -------------------------------------------------------------------------
@@ -65,12 +77,18 @@ def zero_module(layer):
     return layer
 
 
+def new_camera_mlp(config):
+    """The camera's two-layer MLP: [..., 16] -> the width of the time embedding, or of a token."""
+    width = config.context_dim if config.camera == "text" else 4 * config.model_channels
+    return embedding_mlp(config.camera_dim, width)
+
+
 def zero_camera_mlp(config):
     """A camera MLP for Stable Diffusion, which has none (`MVDream.load`): its output is zero.
 
     So at first it changes nothing. A UNet that is trained from nothing has an ordinary one.
     """
-    mlp = embedding_mlp(config.camera_dim, 4 * config.model_channels)
+    mlp = new_camera_mlp(config)
     zero_module(mlp[-1])
     return mlp
 
@@ -136,7 +154,7 @@ class ResBlock(nn.Module):
 # ---- attention -------------------------------------------------------------------------------
 
 class Attention(nn.Module):
-    """Multi-head attention: x [N, L, C] looks at context [N, M, D], or at itself: [N, L, C]."""
+    """Multi-head attention: x [..., L, C] looks at context [..., M, D], or itself: [..., L, C]."""
 
     def __init__(self, width, context_width, head_dim):
         super().__init__()
@@ -147,8 +165,8 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(width, width)
 
     def split_heads(self, x):
-        """[N, L, heads·d] -> [N, heads, L, d]."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        """[..., L, heads·d] -> [..., heads, L, d]."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
 
     def forward(self, x, context=None):
         """softmax(q kᵀ / sqrt(d)) v per head (Attention is all you need, eq. 1)."""
@@ -156,18 +174,20 @@ class Attention(nn.Module):
         q = self.split_heads(self.to_q(x))
         k = self.split_heads(self.to_k(context))
         v = self.split_heads(self.to_v(context))
-        out = F.scaled_dot_product_attention(q, k, v)  # [N, heads, L, d]
-        return self.to_out(out.transpose(1, 2).flatten(2))
+        out = F.scaled_dot_product_attention(q, k, v)  # [..., heads, L, d]
+        return self.to_out(out.transpose(-3, -2).flatten(-2))
 
 
 class MultiViewTransformer(nn.Module):
     """Self-attention over all views, cross-attention to the text, a gated feed-forward network.
 
-    Each has a residual. The 3D attention of MVDream is two lines of `forward`.
+    Each has a residual. The 3D attention of MVDream is two lines of `forward`. attention: one of
+    ATTENTION.
     """
 
-    def __init__(self, width, context_width, head_dim, groups):
+    def __init__(self, width, context_width, head_dim, groups, attention="3d"):
         super().__init__()
+        self.attention = attention
         self.norm = GroupNorm(groups, width, eps=1e-6)
         self.proj_in = nn.Linear(width, width)
         self.norm1 = nn.LayerNorm(width)
@@ -178,28 +198,41 @@ class MultiViewTransformer(nn.Module):
         self.feed_in = nn.Linear(width, 8 * width)
         self.feed_out = nn.Linear(4 * width, width)
         self.proj_out = zero_module(nn.Linear(width, width))
+        if attention == "pixel":
+            self.pixel_norm = nn.LayerNorm(width)
+            self.pixel_attention = Attention(width, width, head_dim)
+            zero_module(self.pixel_attention.to_out)
 
     def feed_forward(self, x):
         """GEGLU (Shazeer 2020): half of the hidden layer, the second, gates the first."""
         value, gate = self.feed_in(x).chunk(2, dim=-1)
         return self.feed_out(value * F.gelu(gate))
 
+    def attend_at_pixels(self, y, views):
+        """The V tokens of a pixel see each other, and no others: y [B·V, h·w, C] -> the same."""
+        y = y.unflatten(0, (-1, views)).transpose(1, 2)  # [B, h·w, V, C]
+        y = self.pixel_attention(self.pixel_norm(y))
+        return y.transpose(1, 2).flatten(0, 1)
+
     def forward(self, x, context, views, across_views):
         """x [B·V, C, h, w], context [B, L, D] -> [B·V, C, h, w].
 
-        views: V. across_views: does self-attention see all views of a set (3D), or one (2D)?
+        views: V. across_views: do the views of a set see each other (3D mode)? context may also be
+        [B·V, L, D], a text for each view.
         """
         N, C, height, width = x.shape
         sets, tokens = N // views, height * width
         y = self.norm(x).to(self.proj_in.weight.dtype)
         y = self.proj_in(y.flatten(2).transpose(1, 2))  # [B·V, h·w, C]
 
-        if across_views:  # 3D attention: the tokens of all V views see each other
+        if across_views and self.attention == "3d":  # 3D attention: the tokens of all V views
             y = y.reshape(sets, views * tokens, C)
         y = y + self.self_attention(self.norm1(y))
+        if across_views and self.attention == "pixel":  # an ablation
+            y = y + self.attend_at_pixels(y, views)
         # In both modes: the views of a set share one text, so context is not repeated V times.
         # From here on the tokens of an image do not see each other.
-        y = y.reshape(sets, views * tokens, C)
+        y = y.reshape(len(context), -1, C)
         y = y + self.cross_attention(self.norm2(y), context)
         y = y + self.feed_forward(self.norm3(y))
 
@@ -208,6 +241,19 @@ class MultiViewTransformer(nn.Module):
 
 
 # ---- the U -----------------------------------------------------------------------------------
+
+def check_variant(config):
+    """Raise UserError if `attention` or `camera` of a UNetConfig is none of those there are."""
+    for name, known in (("attention", ATTENTION), ("camera", CAMERA)):
+        value = getattr(config, name)
+        if value not in known:
+            raise UserError(f"the UNet has no {name} {value!r}: choose {', '.join(known)}")
+
+
+def is_variant(config):
+    """Does a UNetConfig differ from MVDream in more than sizes? Other tools cannot read that."""
+    return (config.attention, config.camera) != (ATTENTION[0], CAMERA[0])
+
 
 class Block(nn.Module):
     """One entry of encoder, middle or decoder, numbered as in LDM.
@@ -243,10 +289,11 @@ class MultiViewUNet(nn.Module):
 
     def __init__(self, config: UNetConfig):
         super().__init__()
+        check_variant(config)
         self.config = config
-        embedding_width = 4 * config.model_channels
-        self.time_mlp = embedding_mlp(config.model_channels, embedding_width)
-        self.camera_mlp = embedding_mlp(config.camera_dim, embedding_width)
+        self.time_mlp = embedding_mlp(config.model_channels, 4 * config.model_channels)
+        if config.camera != "none":
+            self.camera_mlp = new_camera_mlp(config)
         widths = [mult * config.model_channels for mult in config.channel_mult]
         coarsest = len(widths) - 1
 
@@ -295,7 +342,15 @@ class MultiViewUNet(nn.Module):
         config = self.config
         if level is not None and 2**level not in config.attention_resolutions:
             return None
-        return MultiViewTransformer(width, config.context_dim, config.head_dim, config.groups)
+        return MultiViewTransformer(
+            width, config.context_dim, config.head_dim, config.groups, config.attention
+        )
+
+    def add_token(self, context, camera):
+        """The camera becomes a token: context [B, L, D], camera [B, V, 16] -> [B·V, L + 1, D]."""
+        token = self.camera_mlp(camera)  # [B, V, D]
+        context = context[:, None].expand(-1, camera.shape[1], -1, -1)  # [B, V, L, D]
+        return torch.cat([context, token[:, :, None]], dim=2).flatten(0, 1)
 
     def forward(self, x, t, context, camera=None):
         """The predicted noise, [B, V, c, h, w], in the number format of the weights.
@@ -306,13 +361,15 @@ class MultiViewUNet(nn.Module):
         """
         B, V = x.shape[:2]
         dtype = self.conv_out.weight.dtype
+        across_views = camera is not None
         context = context.to(dtype)
         embedding = self.time_mlp(time_embedding(t, self.config.model_channels).to(dtype))
         embedding = embedding[:, None].expand(B, V, -1)  # [B, V, E]
-        if camera is not None:
+        if camera is not None and self.config.camera == "time":
             embedding = embedding + self.camera_mlp(camera.to(dtype))
+        if camera is not None and self.config.camera == "text":
+            context = self.add_token(context, camera.to(dtype))
         embedding = embedding.flatten(0, 1)  # [B·V, E]
-        across_views = camera is not None
 
         h = x.flatten(0, 1)  # [B·V, c, h, w]
         skips = []

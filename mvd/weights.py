@@ -400,8 +400,8 @@ def any_starts(names, prefix):
 def sizes(parts):
     """The configurations that tensors in our names are of: (UNetConfig, VAEConfig, TextConfig).
 
-    What the tensors do not tell is as in Stable Diffusion 2: 64 channels per head, 32 groups, the
-    scale of the latents, and that the last block of a whole text tower is not run. Raises
+    What the tensors do not tell is as in MVDream: its attention and camera, 64 channels per head,
+    32 groups, the scale of the latents, a text tower whose last block is not run. Raises
     UserError, naming the tensor, if one that tells a size is missing or cannot tell it.
     """
     unet = unet_config(parts)

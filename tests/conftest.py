@@ -1,4 +1,9 @@
-"""Tests marked `gpu` are skipped without CUDA. The scripts of the root folder can be imported."""
+"""Tests marked `gpu` are skipped without CUDA, those marked `slow` unless `-m` says something.
+
+    python -m pytest -q tests -m slow
+
+The scripts of the root folder can be imported.
+"""
 import os
 import sys
 from pathlib import Path
@@ -16,6 +21,9 @@ torch.set_num_threads(1)
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "slow: takes long, and runs only with -m slow")
+    # As if the command line said so.
+    config.option.markexpr = config.option.markexpr or "not slow"
 
 
 def pytest_collection_modifyitems(items):

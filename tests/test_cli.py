@@ -1,6 +1,7 @@
 """Flags from a dataclass; a user's mistake is one line and status 2, a bug is a traceback."""
 import errno
 import signal
+import threading
 from dataclasses import dataclass
 
 import pytest
@@ -147,6 +148,9 @@ def test_help_shows_what_will_run_keeps_its_lines_and_rounds(capsys):
     (torch.cuda.OutOfMemoryError("CUDA ..."), 2, "error: the GPU has no memory"),
     (OSError(errno.ENOSPC, "No space left on device"), 2, "error: no space left"),
     (KeyboardInterrupt(), 130, ""),
+    (cli.Terminated(), 143, ""),
+    (cli.interruption(signal.SIGINT), 130, ""),
+    (cli.interruption(signal.SIGTERM), 143, ""),
 ])
 def test_main_turns_what_users_can_mend_into_one_line(error, status, words, capsys):
     def script():
@@ -172,8 +176,70 @@ def test_first_interrupt_sets_the_flag_and_second_interrupts():
     before = signal.getsignal(signal.SIGINT)
     with cli.interrupt_flag() as flag:
         assert not flag.is_set()
+        assert flag.code == 0
         signal.raise_signal(signal.SIGINT)
-        assert flag.is_set()
+        assert flag.is_set() and flag.code == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.fixture
+def keep_sigterm():
+    """SIGTERM fails the test, as it would end the script; afterwards it is as before."""
+    def killed(number, frame):
+        pytest.fail("SIGTERM is not ignored")
+
+    before = signal.signal(signal.SIGTERM, killed)
+    yield killed
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_sigterm_sets_the_flag_and_is_ignored_from_then_on(keep_sigterm):
+    with cli.interrupt_flag():
+        pass
+    assert signal.getsignal(signal.SIGTERM) is keep_sigterm, "no signal came, yet it has changed"
+    with cli.interrupt_flag() as flag:
+        signal.raise_signal(signal.SIGTERM)
+        assert flag.is_set() and flag.code == signal.SIGTERM
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        assert flag.code == signal.SIGTERM, "Ctrl-C afterwards does not change how the run ends"
+    signal.raise_signal(signal.SIGTERM)
+
+
+def test_sigterm_outside_of_a_loop_ends_quietly(keep_sigterm, capsys):
+    """And is ignored while the script ends."""
+    cleared = []
+
+    def script():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+            cleared.append(True)
+
+    with pytest.raises(SystemExit) as end:
+        cli.main(script)
+    signal.raise_signal(signal.SIGTERM)
+    assert end.value.code == 143 and capsys.readouterr().err == ""
+    assert cleared, "the second signal came through"
+
+
+def test_a_script_leaves_sigterm_as_it_was(keep_sigterm):
+    cli.main(lambda: None)
+    assert signal.getsignal(signal.SIGTERM) is keep_sigterm
+
+
+def test_another_thread_than_the_main_one_gets_no_signals():
+    """Python allows handlers in the main thread only."""
+    flags = []
+
+    def script():
+        with cli.interrupt_flag() as flag:
+            flags.append((flag.is_set(), flag.code))
+
+    thread = threading.Thread(target=cli.main, args=(script,))
+    thread.start()
+    thread.join()
+    assert flags == [(False, 0)]

@@ -5,7 +5,7 @@ import types
 import pytest
 
 from mvd import toyworld
-from mvd.metrics import command, things
+from mvd.metrics import command, consistency, things
 from mvd.metrics.candidates import SAMPLED, real_views
 from mvd.metrics.things import read_prompt
 from mvd.tools.errors import UserError
@@ -64,6 +64,28 @@ def test_samples_of_a_perfect_model(monkeypatch, capsys):
     for line in lines:
         assert line["n"] == line["r_precision"] == line["ceiling"] == 1
         assert 0.6 < line["variety"] < 1.6
+
+
+def test_the_consistency_of_a_perfect_model_is_the_ceiling(monkeypatch, capsys):
+    """Its eight views are asked for beside the four that are judged."""
+    def sample(prompts, elevation, seed, views):
+        asked = [read_prompt(prompt) for prompt in prompts]
+        cameras = {4: SAMPLED, 8: consistency.CAMERAS._replace(fov_deg=None)}[views]
+        return real_views(asked, cameras, seed=seed)
+
+    def load(name, device, dtype):
+        return types.SimpleNamespace(sample=sample)
+
+    monkeypatch.setattr(command.MVDream, "load", load)
+    monkeypatch.setattr(consistency, "STEPS", 2)
+    lines = run_main(monkeypatch, capsys, "--samples", "1", "--consistency", "--json").splitlines()
+    for line in map(json.loads, lines):
+        assert line["consistency"] == line["consistency_ceiling"], "the same pictures"
+        assert 5 < line["consistency"] < 30, "in dB"
+    table = run_main(monkeypatch, capsys, "--samples", "1", "--consistency")
+    heading, *rows = table.splitlines()
+    assert heading.endswith(" consistency  consistency_ceiling")
+    assert len(rows) == 3 and {len(row) for row in rows} == {len(heading)}
 
 
 @pytest.mark.parametrize(

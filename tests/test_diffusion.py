@@ -23,6 +23,7 @@ from mvd.diffusion import (
     q_sample,
     rescale,
     sampling_steps,
+    squared_errors,
     timesteps,
 )
 from mvd.tools.errors import UserError
@@ -348,3 +349,28 @@ def test_the_network_is_asked_in_one_place():
     torch.testing.assert_close(x_t, q_sample(x0, t, noise))
     assert torch.equal(t_asked, t) and context_asked is context and camera_asked is camera
     assert predict_noise(unet, x_t, t, context).dtype == torch.float32
+
+
+def test_squared_errors_are_the_formula_number_by_number():
+    """In numpy and float64, for a network whose answer depends on all that it is given."""
+    rng = np.random.default_rng(4)
+    x0, noise = rng.normal(size=(2, 3, 4, 2, 5, 5))
+    context, camera = rng.normal(size=(3, 7, 8)), rng.normal(size=(3, 4, 16))
+    t = np.array([3, 500, 998])
+
+    def unet(x_t, t, context, camera):
+        shift = context.sum((1, 2)) / 10 + camera.sum((1, 2)) / 10 + t / 1000
+        return 0.3 * x_t + shift.view(-1, 1, 1, 1, 1)
+
+    arguments = [torch.tensor(a).float() for a in (x0, context, camera, noise)]
+    arguments.insert(3, torch.tensor(t))
+    found = squared_errors(unet, *arguments)
+
+    abar = ABAR[t].reshape(3, 1, 1, 1, 1)
+    x_t = np.sqrt(abar) * x0 + np.sqrt(1 - abar) * noise
+    shift = context.sum((1, 2)) / 10 + camera.sum((1, 2)) / 10 + t / 1000
+    expected = (0.3 * x_t + shift.reshape(3, 1, 1, 1, 1) - noise) ** 2
+    assert found.shape == x0.shape and found.dtype == torch.float32
+    assert np.allclose(found, expected, atol=1e-4)
+    short = squared_errors(lambda *given: unet(*given).bfloat16(), *arguments)
+    assert short.dtype == torch.float32, "the errors are not float32 if the network is not"

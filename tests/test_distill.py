@@ -14,6 +14,7 @@ from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from PIL import Image
 import distill
 import toy_data
 from mvd import MVDream, cameras, mesh, presets, render, sds
+from mvd.data import find_objects
 from mvd.hashgrid import HashGridConfig
 from mvd.nerf import NeRF, NeRFConfig
 from mvd.tools import cli, run
@@ -155,7 +157,7 @@ def assert_same_run(a, b):
     checkpoints = [run.load_checkpoint(folder / run.CHECKPOINT) for folder in (a, b)]
     assert_same_state(*checkpoints, "the checkpoint")
     # The page shows the settings, --out among them.
-    without = ("config.json", "index.html", run.CHECKPOINT)
+    without = ("config.json", "index.html", *run.CHECKPOINTS)
     ours, theirs = contents(a, without), contents(b, without)
     assert ours.keys() == theirs.keys(), "the runs left different files"
     differ = [str(path) for path in ours if ours[path] != theirs[path]]
@@ -174,8 +176,10 @@ RESULTS = {
     "normals.png",
     "turntable.webp",
     "views.safetensors",
+    "views",
     "field.safetensors",
     run.CHECKPOINT,
+    "checkpoint-before.pt",
     "mesh.glb",
     "mesh.obj",
     "index.html",
@@ -227,6 +231,36 @@ def test_a_run_leaves_everything_behind(start, tmp_path, capsys):
     nerf = NeRF(NeRFConfig(grid=grid, hidden=4))
     nerf.load_state_dict(field)
     assert nerf.density(torch.zeros(1, 3)).item() > 5
+
+
+def test_the_views_for_other_tools_are_those_of_the_sheet(whole):
+    """Over the grey they look the same, and the cameras are those that took them."""
+    sheet = toy_data.read_png(whole() / "views.png")
+    scene = json.loads((whole() / "views" / "transforms.json").read_text())
+    assert math.degrees(scene["camera_angle_x"]) == pytest.approx(40)
+    files = [frame["file_path"] for frame in scene["frames"]]
+    assert files == [f"{k:03d}.png" for k in range(8)]
+    found = torch.tensor([frame["transform_matrix"] for frame in scene["frames"]])
+    # The tangent of 20 degrees.
+    expected = cameras.orbit(15.0, torch.arange(8) * 45.0, 0.9 / 0.36397)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    # And so training would read them.
+    objects, _ = find_objects([whole() / "views"])
+    views = objects.read(0)
+    torch.testing.assert_close(views.c2w, expected, rtol=0, atol=1e-4)
+    assert views.fov == pytest.approx([40] * 8)
+
+    seen = []
+    for k, file in enumerate(files):
+        picture = Image.open(whole() / "views" / file)
+        assert picture.mode == "RGBA"
+        rgba = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
+        colour, alpha = rgba[:3], rgba[3:]
+        y, x = 34 * (k // 4), 34 * (k % 4)
+        error = colour * alpha + 0.8 * (1 - alpha) - sheet[:, y : y + 32, x : x + 32]
+        assert error.abs().max() < 1.6 / 255, f"{file} shows something else"
+        seen.append(alpha)
+    assert torch.stack(seen).std() > 0.05, "the case shows nothing"
 
 
 def test_the_page_of_a_run_that_is_over(whole):
@@ -614,6 +648,7 @@ def test_a_run_of_another_device_can_be_resumed(start, start_and_kill, whole):
 @pytest.mark.parametrize("step", [1, 3, 6])
 def test_an_interrupt_saves_and_says_how_to_resume(start, whole, monkeypatch, step, capsys):
     log, event = run.log, threading.Event()
+    event.code = signal.SIGINT
 
     def log_then_interrupt(path, **row):
         log(path, **row)

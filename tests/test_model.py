@@ -1,6 +1,8 @@
 """The whole model: loading, saving, the latents' scale, sampling, and bad files in one line."""
 
 import copy
+import json
+import warnings
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch
 from mvd import MVDream, cameras
 from mvd.tools.errors import UserError
 from mvd.tools.files import read_safetensors, write_safetensors
-from mvd.model import PRESETS
+from mvd.model import PRESETS, read_config
 from mvd.tools.vocabulary import IDENTIFIERS
 
 
@@ -45,6 +47,48 @@ def test_save_and_load_give_the_same_model(model, tmp_path):
     )
     model.save(tmp_path / "model.safetensors")  # the folder of a run
     assert MVDream.load(tmp_path).config == model.config
+
+
+@pytest.mark.parametrize(
+    "attention, camera", [("pixel", "time"), ("view", "time"), ("3d", "text"), ("3d", "none")]
+)
+def test_a_variant_comes_back_as_it_was_and_stays_in_our_layout(attention, camera, tmp_path):
+    config = small_config()
+    config.unet.attention, config.unet.camera = attention, camera
+    variant, path = random_model(config), tmp_path / "m.safetensors"
+    variant.save(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # such as one that it knows no cameras
+        again = MVDream.load(path)
+    assert again.config == config and read_config(path) == config
+    drawn = [m.sample("a red bulldog", steps=1, views=2) for m in (variant, again)]
+    assert torch.equal(*drawn)
+    for name in ("other.safetensors", "other.pt"):
+        with pytest.raises(UserError, match="MVDream's layout has no UNet of this kind"):
+            variant.save(tmp_path / name, layout="mvdream")
+        assert not (tmp_path / name).exists()
+
+
+def test_a_file_from_before_there_were_variants_is_mvdream(model, tmp_path):
+    path = tmp_path / "m.safetensors"
+    model.save(path)
+    tensors, metadata = read_safetensors(path)
+    header = json.loads(metadata["mvd"])
+    assert header["unet"].pop("attention") == "3d" and header["unet"].pop("camera") == "time"
+    write_safetensors(path, tensors, {"mvd": json.dumps(header)})
+    assert MVDream.load(path).config == model.config
+
+
+def test_a_model_learns_words_and_keeps_them(tmp_path):
+    taught = random_model(small_config())
+    known = taught.embed(["a red bulldog", ""])
+    assert taught.text.add_words(["löwe", "red"]) == ["löwe"]
+    assert torch.equal(taught.embed(["a red bulldog", ""]), known), "old prompts mean the same"
+    taught.save(tmp_path / "m.safetensors")
+    again = MVDream.load(tmp_path / "m.safetensors")
+    assert "löwe" in again.config.text.words
+    prompts = ["a red LÖWE", "a bulldog"]
+    assert torch.equal(again.embed(prompts), taught.embed(prompts))
 
 
 def test_latents_have_the_scale_factor(model, monkeypatch):

@@ -1,12 +1,13 @@
-"""AdamW over float32 weights, the course of its rates, and weights that are swapped for a while."""
+"""AdamW over float32 weights in one vector, its rates, bfloat16 copies, and exchanged vectors."""
 import io
 
 import pytest
 import torch
-from torch.nn import Linear, Sequential, Tanh
+from torch import nn
+from torch.nn import Conv2d, Linear, Sequential, Tanh
 
 from mvd.tools.device import load_optimizer
-from mvd.tools.optimizer import Rounded, adamw, learning_rate, set_rates, swapped_in
+from mvd.tools.optimizer import Rounded, Vector, adamw, exchanged, learning_rate, set_rates
 
 BETAS = (0.9, 0.99)
 
@@ -81,7 +82,7 @@ def test_rates_are_written_where_a_captured_step_reads_them():
 
 
 def test_a_weight_without_a_gradient_stays():
-    """Not even its decay moves it: the camera's MLP in a step of single images."""
+    """Not even its decay moves it."""
     net = network()
     optimizer = adamw([(net.parameters(), 0.1, 0.1)], BETAS)
     first, last = net[0].weight, net[2].weight
@@ -92,7 +93,41 @@ def test_a_weight_without_a_gradient_stays():
     assert torch.equal(last, before)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("before", [0, 3])
+def test_a_skipped_step_changes_nothing_at_all(device, before):
+    """Also with gradients that are not finite; the steps after it are as if it had never been."""
+    def trained(bad_steps):
+        """Six steps on a vector; before those of bad_steps come others, which are skipped."""
+        vector = Vector(network().to(device))
+        skip = torch.zeros((), device=device)
+        optimizer = adamw([([vector.theta], 0.01, 0.1)], BETAS, skip)
+        torch.manual_seed(1)
+        for step in range(6):
+            gradient = torch.randn(len(vector.theta)).to(device)
+            if step in bad_steps:
+                skip.fill_(1)
+                for value in (torch.nan, torch.inf, 1.0):
+                    vector.theta.grad.fill_(value)
+                    state = [vector.theta, *optimizer.state[vector.theta].values()]
+                    kept = [tensor.clone() for tensor in state]
+                    optimizer.step()
+                    same = map(torch.equal, kept, state)
+                    assert all(same), f"a gradient of {value} has changed something"
+                skip.fill_(0)
+            vector.theta.grad.copy_(gradient)
+            theta = vector.theta.clone()
+            optimizer.step()
+            assert not torch.equal(theta, vector.theta), "a step that is wanted does nothing"
+        return vector.theta.detach()
+
+    assert torch.equal(trained({before}), trained(set())), "the steps after it are others"
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_small_steps_are_not_lost(device):
     """A thousand steps of 1e-6 on weights of about 0.3, whose bfloat16 neighbours are 2e-3 apart.
 
@@ -120,23 +155,6 @@ def test_small_steps_are_not_lost(device):
         short = w0.bfloat16()
         lost = torch.equal(short - 1e-6, short)
         assert lost, "a bfloat16 weight would move, so that this test shows nothing"
-
-
-@pytest.mark.gpu
-def test_rounded_weights_give_their_gradient_to_the_weights_themselves():
-    """Only what learns is rounded, and only within the context."""
-    net = torch.nn.Sequential(Linear(5, 7), Linear(7, 3)).cuda()
-    net[1].requires_grad_(False)
-    weights = list(net.parameters())
-    x = torch.randn(4, 5, device="cuda")
-    with Rounded(net):
-        assert net[0].weight.dtype == torch.bfloat16 and net[1].weight.dtype == torch.float32
-        net[1](net[0](x.bfloat16()).float()).sum().backward()
-    assert all(p is w for p, w in zip(net.parameters(), weights)), "the weights are back"
-    expected = (net[1].weight.sum(0)[:, None] * x.bfloat16().float().sum(0)).bfloat16()
-    found = net[0].weight.grad
-    assert found.dtype == torch.float32 and net[1].weight.grad is None
-    torch.testing.assert_close(found, expected.float(), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("saved_at", [0, 3])
@@ -168,25 +186,186 @@ def test_learning_rate_warms_up_and_ends_at_zero():
     assert rates[500] == pytest.approx(1.0, abs=0.01)
 
 
-# ---- swapping weights ------------------------------------------------------------------------
+# ---- all weights as one vector ---------------------------------------------------------------
 
-def assert_holds(parameters, tensors, when):
-    for p, tensor in zip(parameters, tensors):
-        assert torch.equal(p, tensor), f"{when} a parameter holds something else"
+def mixed_network():
+    """Weights of many shapes; one does not learn, and one lies in memory channels last."""
+    torch.manual_seed(0)
+    net = Sequential(
+        Conv2d(3, 6, 3), nn.GroupNorm(2, 6), Tanh(), nn.Flatten(), Linear(96, 70), Linear(70, 2))
+    net[0].to(memory_format=torch.channels_last)
+    net[1].bias.requires_grad_(False)
+    return net
 
+
+def mixed_loss(net, step=0):
+    torch.manual_seed(step)
+    return net(torch.randn(2, 3, 6, 6)).square().mean()
+
+
+def learning(net):
+    return [w for w in net.parameters() if w.requires_grad]
+
+
+def test_weights_and_gradients_are_views_of_the_vector():
+    net, before = mixed_network(), mixed_network()
+    parameters, buffers = list(net.parameters()), [id(w) for w in net.parameters()]
+    vector = Vector(net, spare=5)
+    assert [id(w) for w in net.parameters()] == buffers, "the weights are other objects"
+    for w, old in zip(parameters, before.parameters()):
+        assert torch.equal(w, old), "a weight has changed"
+        assert w.stride() == old.stride(), "a weight lies in another order"
+    assert net[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+    storage, gradients = vector.theta.data_ptr(), vector.theta.grad.data_ptr()
+    taken = torch.zeros_like(vector.theta)
+    for w in learning(net):
+        assert w.grad.stride() == w.stride()
+        begin = (w.data_ptr() - storage) // 4
+        assert (w.grad.data_ptr() - gradients) // 4 == begin, "a gradient lies elsewhere"
+        assert begin % 64 == 0, "a weight does not begin at a multiple of 64 numbers"
+        taken[begin : begin + w.numel()] += 1
+    assert taken.max() == 1, "two weights overlap"
+    assert taken.sum() == sum(w.numel() for w in learning(net))
+    assert (vector.theta[taken == 0] == 0).all()
+    assert net[1].bias.grad is None
+
+    with torch.no_grad():
+        vector.theta.fill_(3.0)
+    vector.theta.grad.fill_(4.0)
+    for w in learning(net):
+        assert (w == 3).all() and (w.grad == 4).all(), "a weight is no view"
+    assert torch.equal(net[1].bias, before[1].bias), "what does not learn has changed"
+
+
+def test_the_average_begins_as_the_weights_and_is_no_view_of_them():
+    vector = Vector(network())
+    assert torch.equal(vector.average, vector.theta) and not vector.average.requires_grad
+    with torch.no_grad():
+        vector.theta.zero_()
+    assert vector.average.any(), "the average follows the weights at once"
+
+
+def test_backward_fills_the_gradient_of_the_vector():
+    """Two calls add up, and what is spare stays."""
+    net, plain = mixed_network(), mixed_network()
+    vector = Vector(net, spare=5)
+    assert len(vector.spare) == 5 and len(vector.gradient) == len(vector.theta) + 5
+    vector.spare.fill_(7.0)
+    for step in (0, 1):
+        mixed_loss(net, step).backward()
+        mixed_loss(plain, step).backward()
+    assert vector.theta.grad.any()
+    for w, other in zip(learning(net), learning(plain)):
+        torch.testing.assert_close(w.grad, other.grad)
+    flat = torch.cat([w.grad.flatten() for w in learning(plain)])
+    torch.testing.assert_close(vector.theta.grad.norm(), flat.norm())
+    assert (vector.spare == 7).all() and (vector.gradient[-5:] == 7).all()
+    vector.gradient.zero_()
+    assert not any(w.grad.any() for w in learning(net)) and not vector.spare.any()
+
+
+def test_a_vector_learns_what_its_weights_would():
+    """As PyTorch's AdamW does weight by weight, unfused, in float64."""
+    net, plain = mixed_network(), mixed_network().double()
+    vector = Vector(net)
+    one = adamw([([vector.theta], 0.01, 0.1)], BETAS, skip=torch.zeros(()))
+    many = torch.optim.AdamW(
+        learning(plain), lr=0.01, betas=BETAS, weight_decay=0.1, fused=False, foreach=False)
+    for step in range(6):
+        vector.gradient.zero_()
+        many.zero_grad()
+        torch.manual_seed(step)
+        x = torch.randn(2, 3, 6, 6)
+        net(x).square().mean().backward()
+        plain(x.double()).square().mean().backward()
+        one.step()
+        many.step()
+    for w, expected in zip(net.parameters(), plain.parameters()):
+        torch.testing.assert_close(w.double(), expected, rtol=1e-3, atol=1e-5)
+    assert learning(net)[0].data_ptr() == vector.theta.data_ptr(), "the weights are no views now"
+    total = sum(w.numel() for w in learning(net))
+    assert vector.theta.count_nonzero() == total, "the gaps between the weights have learned"
+
+
+# ---- bfloat16 copies -------------------------------------------------------------------------
+
+def test_elsewhere_than_on_cuda_nothing_is_rounded():
+    net = network()
+    weights = list(net.parameters())
+    with Rounded(net):
+        inside = zip(net.parameters(), weights, strict=True)
+        assert all(p is w and p.dtype == torch.float32 for p, w in inside)
+
+
+@pytest.fixture(params=DEVICES)
+def rounding_device(request, monkeypatch):
+    """A device where weights are rounded: a GPU, or the CPU, whose weights then say they are one.
+    """
+    if request.param == "cpu":
+        monkeypatch.setattr(nn.Parameter, "is_cuda", True)
+    return request.param
+
+
+def rounded(x):
+    return x.detach().bfloat16().double()
+
+
+def test_rounded_weights_give_their_gradient_to_the_weights_themselves(rounding_device):
+    """Only what learns is rounded, and only within the context. Gradients of two calls add up."""
+    torch.manual_seed(0)
+    net = Sequential(Linear(5, 7), Linear(7, 3)).to(rounding_device)
+    net[1].requires_grad_(False)
+    weights = list(net.parameters())
+    in_bfloat16 = Rounded(net)
+    expected = torch.zeros(7, 5, device=rounding_device, dtype=torch.float64)
+    for step in range(2):
+        x = torch.randn(4, 5, device=rounding_device)
+        with in_bfloat16:
+            assert net[0].weight.dtype == torch.bfloat16 and net[1].weight.dtype == torch.float32
+            assert torch.equal(net[0].weight, weights[0].bfloat16()), "an old copy of the weights"
+            net[1](net[0](x.bfloat16()).float()).sum().backward()
+        assert all(p is w for p, w in zip(net.parameters(), weights)), "the weights are not back"
+        expected += net[1].weight.double().sum(0)[:, None] * rounded(x).sum(0)
+        found = net[0].weight.grad
+        assert found.dtype == torch.float32 and net[1].weight.grad is None
+        torch.testing.assert_close(found.double(), expected, rtol=0.02, atol=0.04)
+        with torch.no_grad():
+            net[0].weight += 0.5
+    assert all(copy.grad is None for copy in in_bfloat16.copies), "a copy keeps its gradient"
+
+
+def test_rounded_weights_give_their_gradient_to_the_vector(rounding_device):
+    """Where it lies: a CUDA graph knows of no other place. The context may also fail."""
+    net = network().to(rounding_device)
+    vector = Vector(net)
+    weights, places = list(net.parameters()), [w.grad.data_ptr() for w in net.parameters()]
+    with pytest.raises(ZeroDivisionError), Rounded(net):
+        for _ in range(2):
+            net(torch.ones(4, 5, device=rounding_device).bfloat16()).sum().backward()
+        raise ZeroDivisionError
+    assert all(p is w for p, w in zip(net.parameters(), weights)), "the weights are not back"
+    assert [w.grad.data_ptr() for w in weights] == places, "the gradients are new tensors"
+    # The last layer's bias adds to four results, twice.
+    assert torch.equal(net[2].bias.grad, torch.full_like(net[2].bias, 8.0))
+    assert vector.theta.grad.count_nonzero() == sum(w.numel() for w in weights)
+
+
+# ---- exchanged vectors -----------------------------------------------------------------------
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_weights_are_swapped_in_and_come_back(fails):
+@pytest.mark.parametrize("piece", [1, 7, 100, 2**24])
+def test_vectors_are_exchanged_and_come_back(fails, piece):
     """Also when what is done with them fails. They stay where a CUDA graph reads them."""
-    net = network()
-    own = copies(net)
-    others = [torch.full_like(w, 2.0) for w in own]
-    places = [p.data_ptr() for p in net.parameters()]
+    vector = Vector(network())
+    own, other = vector.theta.detach().clone(), torch.randn(len(vector.theta))
+    vector.average.copy_(other)
+    weight, places = vector.theta, [vector.theta.data_ptr(), vector.average.data_ptr()]
 
     def use():
-        with swapped_in(net.parameters(), others):
-            assert_holds(net.parameters(), others, "inside")
-            assert [p.data_ptr() for p in net.parameters()] == places
+        with exchanged(vector.theta, vector.average, piece):
+            assert torch.equal(vector.theta, other), "inside θ is not the average"
+            assert torch.equal(vector.average, own), "inside the average is not θ"
             if fails:
                 raise ZeroDivisionError
 
@@ -195,6 +374,6 @@ def test_weights_are_swapped_in_and_come_back(fails):
             use()
     else:
         use()
-    assert_holds(net.parameters(), own, "afterwards")
-    assert_holds(others, [torch.full_like(w, 2.0) for w in own], "afterwards")
-    assert [p.data_ptr() for p in net.parameters()] == places
+    assert torch.equal(vector.theta, own) and torch.equal(vector.average, other)
+    assert weight is vector.theta and weight.requires_grad
+    assert [vector.theta.data_ptr(), vector.average.data_ptr()] == places

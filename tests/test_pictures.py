@@ -34,6 +34,20 @@ def test_png_round_trip(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png"]
 
 
+def test_views_are_numbered_files_that_keep_their_alpha(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    views = torch.randint(0, 256, (11, 4, 5, 5), generator=generator) / 255
+    folder = tmp_path / "deep" / "views"
+    # Twice, since a run that is resumed writes over what it wrote.
+    for some in (views.flip(0), views):
+        names = pictures.save_views(folder, [pictures.to_pil(view) for view in some])
+    assert names == [f"{k:03d}.png" for k in range(11)]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    for name, view in zip(names, views):
+        drawn = np.asarray(Image.open(folder / name))
+        assert np.array_equal(drawn, (view * 255).round().byte().permute(1, 2, 0).numpy()), name
+
+
 def test_turntable(tmp_path):
     shades = torch.linspace(0, 1, 7)
     frames = shades.view(7, 1, 1, 1).expand(7, 3, 16, 24)

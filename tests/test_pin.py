@@ -19,7 +19,7 @@ import dreambooth
 import sample
 import toy_data
 import train
-from mvd import MVDream, mesh
+from mvd import MVDream, fit, mesh
 from mvd.tools import run
 from mvd.tools.files import read_safetensors
 from scripts import saved_model
@@ -130,7 +130,7 @@ def measure(name, folder, patch):
     patch.setattr(MVDream, "sample", MVDream.sample if name == "sample" else blank)
     patch.setattr(mesh, "extract", partial(mesh.extract, resolution=16))
     patch.setattr(distill, "LOG_EVERY", 1)
-    patch.setattr(train, "LOG_EVERY", 1)
+    patch.setattr(fit, "LOG_EVERY", 1)
     patch.setattr(dreambooth, "LOG_EVERY", 1)
     return fingerprint(RUNS[name](folder, patch))
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -61,8 +62,17 @@ def test_a_folder_that_holds_no_run_can_be_used(tmp_path):
     folder = tmp_path / "pictures"
     folder.mkdir()
     (folder / "cat.jpg").write_text("")
+    assert not run.holds_run(folder)
     run.open_run(str(folder), {}, False)
     assert (folder / "cat.jpg").exists()
+    assert run.holds_run(folder)
+
+
+@pytest.mark.parametrize("name", run.RUN_FILES)
+def test_one_file_of_a_run_is_enough_to_keep_its_folder(name, tmp_path):
+    (tmp_path / name).write_text("")
+    with pytest.raises(UserError, match="already holds a run"):
+        run.open_run(str(tmp_path), {}, False)
 
 
 def test_resume_wants_the_same_settings(tmp_path):
@@ -245,7 +255,7 @@ def test_unwritable(tmp_path):
             files.write_atomic(tmp_path / place, b"")
     assert names_in(tmp_path) == ["file", "folder"]
 
-# ---- the checkpoint --------------------------------------------------------------------------
+# ---- the checkpoints -------------------------------------------------------------------------
 
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16,
@@ -418,6 +428,130 @@ def test_last_checkpoint(tmp_path):
     assert run.last_checkpoint(tmp_path) == {"step": 3}
 
 
+NEW, _, BEFORE = run.CHECKPOINTS
+
+
+def save(folder, *steps):
+    for step in steps:
+        tensors = [torch.full((1000,), float(step)) for _ in range(4)]
+        run.save_checkpoint(folder / run.CHECKPOINT, {"a": tensors, "step": step})
+
+
+def damage(path):
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+
+
+def last_step(folder):
+    """The step of the last checkpoint, all of whose numbers must be of that step."""
+    state = run.last_checkpoint(folder)
+    for tensor in state["a"]:
+        assert (tensor == state["step"]).all(), "the checkpoint mixes two steps"
+    return state["step"]
+
+
+def test_the_last_two_checkpoints_are_kept(tmp_path):
+    save(tmp_path, 1, 2, 3)
+    assert names_in(tmp_path) == [BEFORE, run.CHECKPOINT]
+    steps = [run.load_checkpoint(tmp_path / name)["step"] for name in names_in(tmp_path)]
+    assert steps == [2, 3]
+    (tmp_path / run.CHECKPOINT).unlink()
+    assert last_step(tmp_path) == 2
+
+
+def test_a_damaged_checkpoint_is_replaced_by_the_one_before(tmp_path):
+    save(tmp_path, 1, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert last_step(tmp_path) == 2
+    damage(tmp_path / run.CHECKPOINT)
+    with pytest.warns(UserWarning, match=f"{run.CHECKPOINT} cannot .* on from {BEFORE}") as all_:
+        assert last_step(tmp_path) == 1
+    assert len(all_) == 1 and "\n" not in str(all_[0].message)
+    damage(tmp_path / BEFORE)
+    with pytest.raises(UserError, match=f"{run.CHECKPOINT} is missing, damaged"):
+        run.last_checkpoint(tmp_path)
+    (tmp_path / BEFORE).unlink()
+    with pytest.raises(UserError, match=f"{run.CHECKPOINT} is missing, damaged"):
+        run.last_checkpoint(tmp_path)
+
+
+def test_a_full_disk_keeps_both_checkpoints(tmp_path, monkeypatch):
+    save(tmp_path, 1, 2)
+
+    def fsync(descriptor):
+        raise FULL
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "fsync", fsync)
+        with pytest.raises(OSError):
+            save(tmp_path, 3)
+    assert names_in(tmp_path) == [BEFORE, run.CHECKPOINT]
+    assert last_step(tmp_path) == 2
+    save(tmp_path, 3)
+    damage(tmp_path / run.CHECKPOINT)
+    with pytest.warns(UserWarning):
+        assert last_step(tmp_path) == 2
+
+
+# The moments at which a kill may come: before and after each of these calls of `save_checkpoint`.
+CALLS = ["fsync", "replace", "replace", "replace"]
+MOMENTS = [(call, after) for call in range(len(CALLS)) for after in (False, True)]
+
+
+def save_and_die(folder, step, call, after):
+    """Save in a forked process that is killed before or after call number `call` of CALLS."""
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    pid = os.fork()
+    if pid:
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        return
+    try:
+        made = []
+        for name in set(CALLS):
+            def call_or_die(*arguments, name=name, function=getattr(os, name)):
+                made.append(name)
+                now = len(made) == call + 1
+                if now and not after:
+                    die()
+                function(*arguments)
+                if now:
+                    die()
+
+            setattr(os, name, call_or_die)
+        save(folder, step)
+    finally:
+        os._exit(1)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize("call, after", MOMENTS)
+def test_a_kill_at_any_moment_of_saving_loses_nothing(call, after, damaged, tmp_path):
+    """Nor does it if the last checkpoint was damaged and the run went on from the one before."""
+    run.open_run(str(tmp_path), {}, False)
+    save(tmp_path, 1, 2)
+    if damaged:
+        damage(tmp_path / run.CHECKPOINT)
+    save_and_die(tmp_path, 3, call, after)
+    complete = (call, after) >= (1, True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert last_step(tmp_path) == (3 if complete else 1 if damaged else 2)
+    # The next kill may come as soon as the run goes on. Then there may be one call less.
+    run.open_run(str(tmp_path), {}, True)
+    assert not list(tmp_path.glob(".*")), "what a killed write left behind is still there"
+    save_and_die(tmp_path, 4, min(call, 2), after)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert last_step(tmp_path) == (4 if complete else 1 if damaged else 2)
+    save(tmp_path, 5)
+    assert last_step(tmp_path) == 5
+    assert set(names_in(tmp_path)) >= {BEFORE, run.CHECKPOINT} and NEW not in names_in(tmp_path)
+
+
 WRITER = """
 import sys
 import torch
@@ -427,14 +561,6 @@ for step in range(10 ** 9):
     run.save_checkpoint(sys.argv[1], {"a": [full.clone() for _ in range(4)], "step": step})
     run.log(sys.argv[2], step=step)
 """
-
-
-def step_of(path):
-    """The step of a checkpoint, all of whose numbers must be of that step."""
-    state = run.load_checkpoint(path)
-    for tensor in state["a"]:
-        assert (tensor == state["step"]).all(), "the checkpoint mixes two steps"
-    return state["step"]
 
 
 def test_killed_while_writing_checkpoints(tmp_path):
@@ -448,13 +574,13 @@ def test_killed_while_writing_checkpoints(tmp_path):
         for wait in np.random.default_rng(0).uniform(0, 0.02, 15):
             # What is found while the process is stopped is what a kill would leave.
             process.send_signal(signal.SIGSTOP)
-            step_of(path)
+            last_step(tmp_path)
             process.send_signal(signal.SIGCONT)
             time.sleep(wait)
     finally:
         process.kill()
         process.wait()
-    last = step_of(path)
+    last = last_step(tmp_path)
     assert last > 0
     logged = steps_of(log)
     assert logged == list(range(len(logged)))

@@ -1,5 +1,7 @@
 """sample.py: the picture it writes, what changes it and what does not, bad input in one line."""
 
+import json
+import math
 import re
 import subprocess
 import sys
@@ -11,7 +13,7 @@ import torch
 
 import layouts
 import sample
-from mvd import MVDream
+from mvd import MVDream, cameras
 from mvd.tools.files import write_safetensors
 from mvd.tools.pictures import grid
 from scripts import saved_model, status
@@ -111,6 +113,44 @@ def test_a_batch_is_drawn_row_by_row(start, model_file):
             )
 
 
+def assert_views(folder, drawn, *, elevation, azimuths):
+    """A folder holds the views [V, 3, H, W] one by one, and cameras at these angles."""
+    scene = json.loads((folder / "transforms.json").read_text())
+    # The whole of a cube of side 1 is seen from here.
+    assert math.degrees(scene["camera_angle_x"]) == pytest.approx(40)
+    distance = 0.5 / math.tan(math.radians(20))
+    files = [frame["file_path"] for frame in scene["frames"]]
+    assert files == [f"{k:03d}.png" for k in range(len(azimuths))]
+    assert {path.name for path in folder.iterdir()} == {*files, "transforms.json"}
+    for k, frame in enumerate(scene["frames"]):
+        found = torch.tensor(frame["transform_matrix"])
+        expected = cameras.orbit(elevation, azimuths[k], distance)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        picture = read_png(folder / files[k])
+        torch.testing.assert_close(picture, drawn[k], rtol=0, atol=0.51 / 255)
+
+
+def test_the_views_one_by_one_for_other_tools(start, model_file, tmp_path, capsys):
+    flags = ["--views", "3", "--elevation", "-20", "--azimuth", "30", "--span", "180"]
+    assert start(*flags, "--transforms", "deep/car") == 0
+    assert "deep/car" in capsys.readouterr().out
+    model = MVDream.load(model_file)
+    drawn = model.sample(
+        "a red bulldog", steps=2, views=3, elevation=-20.0, azimuth=30.0, span=180.0
+    )
+    assert_views(tmp_path / "deep/car", drawn[0], elevation=-20.0, azimuths=[30.0, 90.0, 150.0])
+    assert Path("samples/a-red-bulldog.png").exists()
+
+
+def test_each_sample_of_a_batch_has_its_folder_of_views(start, model_file, tmp_path):
+    assert start("--batch", "2", "--views", "2", "--transforms", "cars") == 0
+    drawn = MVDream.load(model_file).sample(["a red bulldog"] * 2, steps=2, views=2)
+    assert {path.name for path in Path("cars").iterdir()} == {"000", "001"}
+    for i in range(2):
+        folder = tmp_path / "cars" / f"{i:03d}"
+        assert_views(folder, drawn[i], elevation=15.0, azimuths=[0.0, 180.0])
+
+
 def test_the_released_model_by_its_name(monkeypatch, tmp_path):
     """The whole way of `sample.py --model mvdream-sd21`, with a small file as the download."""
     torch.save(layouts.released_tensors(), tmp_path / "sd-v2.1-base-4view.pt")
@@ -172,6 +212,11 @@ def test_the_released_model_by_its_name(monkeypatch, tmp_path):
         (["--device", "cuda"], "a bulldog", "no device 'cuda'"),
         (["--out", "damaged/x.png"], "a bulldog", "cannot make the folder damaged"),
         (["--out", "folder"], "a bulldog", "folder"),
+        (["--transforms", "damaged/x"], "a bulldog", "cannot make the folder damaged/x"),
+        (["--transforms", "views/000"], "a bulldog", "holds a transforms.json already"),
+        (["--transforms", "views/000", "--batch", "2"], "a bulldog", "views/000 holds a"),
+        (["--transforms", "views", "--batch", "2"], "a bulldog", "views/000 holds a"),
+        (["--transforms", "new", "--mode", "2d"], "a bulldog", "--transforms needs --mode 3d"),
     ],
 )
 def test_bad_input_is_one_line_and_changes_nothing(
@@ -182,6 +227,8 @@ def test_bad_input_is_one_line_and_changes_nothing(
     write_safetensors("other", {"weight": torch.zeros(2)})
     Path("folder").mkdir()
     Path("folder/x.png").write_text("mine")
+    Path("views/000").mkdir(parents=True)
+    Path("views/000/transforms.json").write_text("mine")
     before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
     assert start("--out", "folder/x.png", *flags, prompt=prompt) == 2
     out, err = capsys.readouterr()

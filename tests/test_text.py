@@ -1,5 +1,8 @@
 """The text tower against open_clip's own forward, and the cut vocabulary."""
 
+import copy
+import random
+import re
 import warnings
 
 import pytest
@@ -7,7 +10,14 @@ import torch
 
 from mvd.tools.errors import UserError
 from mvd.text import TextConfig, TextTower, tokenizer
-from mvd.tools.vocabulary import IDENTIFIERS, check_identifier, known_part, name_subject
+from mvd.tools.vocabulary import (
+    IDENTIFIERS,
+    check_identifier,
+    known_part,
+    name_subject,
+    new_words,
+    words_of,
+)
 from mvd.weights import LDM_TEXT, rename
 
 SMALL = dict(
@@ -136,3 +146,98 @@ def test_an_identifier_should_be_one_rare_token():
     ):
         with pytest.raises(UserError, match="knows no word"):
             check_identifier(word, text.config, tokenizer().encode(word))
+
+
+# ---- words of any script, and words that come later ------------------------------------------
+
+
+def test_words_of_ascii_text_are_runs_of_letters_and_digits():
+    rng = random.Random(0)
+    for _ in range(2000):
+        text = "".join(chr(rng.randrange(128)) for _ in range(30))
+        assert words_of(text) == re.findall(r"[a-z0-9]+|,", text.lower())
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("Ein Löwe, GRÖSSE", ["ein", "löwe", ",", "grösse"]),
+        ("cafe\u0301 caf\u00e9", ["café", "café"]),  # two ways to write one letter
+        ("a \ufb01sh", ["a", "fish"]),  # a ligature
+        ("\u0390", ["\u0390"]),  # its lower case is written as three
+        ("don\u2019t \u201cgo\u201d\u2014now", ["don", "t", "go", "now"]),
+        ("हिन्दी में", ["हिन्दी", "में"]),  # vowel signs are marks, not letters
+        ("猫，狗", ["猫", ",", "狗"]),
+        ("snake_case \u2764\ufe0f dog", ["snake", "case", "dog"]),  # a heart
+    ],
+)
+def test_words_of_any_script(text, words):
+    assert words_of(text) == words
+
+
+def test_new_words_are_those_that_a_model_does_not_know():
+    small, whole = tower(words=("a", "bulldog")), tower()
+    captions = ["A Bulldog, a LÖWE", "a blackbird"]
+    assert new_words(captions, small.config) == ["blackbird", "löwe"]
+    assert new_words(captions, whole.config) == []
+    assert whole.add_words(["blackbird"]) == [] and len(whole.row_of) == 49408
+
+
+@torch.no_grad()
+def test_added_words_leave_all_that_was_known_as_it_was():
+    small = tower(words=("3d", "a", "bulldog", "crown", "zebra"))
+    prompts = ["a bulldog, a zebra", "a crown, 3d", ""]
+    before = small(small.tokenize(prompts))
+    old = copy.deepcopy(small)
+    added = ["3x", "blackbird", "dog", "löwe"]  # the 3 has a row already
+    assert small.add_words(["dog 3x", "a", "Löwe", "blackbird"]) == added
+    assert torch.equal(small(small.tokenize(prompts)), before), "to the bit"
+    for token, row in old.row_of.items():
+        now = small.token_embedding.weight[small.row_of[token]]
+        assert torch.equal(now, old.token_embedding.weight[row]), f"the row of token {token}"
+
+    spelled = {word: tokenizer().encode(word) for word in small.config.words}
+    new = {token for word in added for token in spelled[word]} - set(old.row_of)
+    assert len(new) < sum(len(spelled[word]) for word in added)
+    rows = small.own_rows(added)
+    assert rows.tolist() == sorted(small.row_of[token] for token in new)
+    assert len(small.row_of) == len(old.row_of) + len(new) == small.token_embedding.num_embeddings
+    assert set(small.word_rows("löwe").tolist()) == {small.row_of[t] for t in spelled["löwe"]}
+
+
+@torch.no_grad()
+def test_added_words_are_heard():
+    small = tower(words=("a", "bulldog", "crown"))
+    small.add_words(["blackbird", "löwe"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rows = small.tokenize(["a blackbird", "a Löwe", "a bulldog"])
+    context = small(rows)
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert (context[i] - context[j]).norm() > 0.01, "different words, different contexts"
+    again = tower(words=("a", "bulldog", "crown"))
+    torch.manual_seed(99)
+    again.add_words(["löwe", "blackbird"])
+    assert torch.equal(again.token_embedding.weight, small.token_embedding.weight)
+
+
+@torch.no_grad()
+def test_rows_of_added_words_are_spread_like_the_known_rows():
+    words = "a bulldog crown red car boat hat lamp duck bus pink green blue".split()
+    small = tower(words=tuple(words))
+    small.token_embedding.weight.mul_(3.0).add_(0.5)
+    small.add_words("blackbird zebra umbrella violin mountain river window garden".split())
+    new = small.own_rows("blackbird zebra umbrella violin mountain river window garden".split())
+    table = small.token_embedding.weight
+    assert table[new].mean() == pytest.approx(0.5, abs=0.02)
+    assert table[new].std() == pytest.approx(3 * 0.02, rel=0.2)
+
+
+def test_what_learns_still_learns():
+    small = tower(words=("a", "bulldog"))
+    small.add_words(["dog"])
+    assert small.token_embedding.weight.requires_grad
+    frozen = tower(words=("a", "bulldog")).requires_grad_(False).half()
+    frozen.add_words(["dog"])
+    weight = frozen.token_embedding.weight
+    assert not weight.requires_grad and weight.dtype == torch.float16

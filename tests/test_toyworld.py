@@ -17,10 +17,11 @@ from PIL import Image
 
 from mvd import MVDream
 from mvd.cameras import orbit
+from mvd.data import find_images, find_objects
 from mvd.tools.errors import UserError
 from mvd.toyworld import (
     ACCESSORIES, COLOURS, NATURAL, ORIENTED, PAINTS, RENDERED_VIEWS, SLOT, SUBJECTS, Item, Thing,
-    build, captions, dataset, draw_strips, pairs, palette, plan, split, write,
+    build, captions, dataset, draw_views, pairs, palette, plan, split, write,
 )
 from mvd.toyworld.solids import signed_distance
 from mvd.toyworld.tracer import paint, trace
@@ -204,7 +205,7 @@ def test_a_plan_leaves_the_colour_out_of_some_captions():
     natural = [item for item in unsaid if item.colour == NATURAL[item.pair[0]]]
     assert 0.4 < len(natural) / len(unsaid) < 0.7
     for item in unsaid:
-        said = " ".join(item.index_entry()["captions"])
+        said = " ".join(item.captions)
         words = said.replace(",", "").split()
         assert not set(words) & set(COLOURS), item
 
@@ -228,78 +229,186 @@ def pixels(path):
     return np.array(Image.open(path)).astype(int)
 
 
-def test_files_show_what_the_index_says(tmp_path):
-    write(tmp_path, objects=2, images=3, size=32)
-    lines = (tmp_path / "index.jsonl").read_text().splitlines()
-    entries = [json.loads(line) for line in lines]
-    assert [entry["kind"] for entry in entries] == ["set"] * 2 + ["image"] * 3
-    pictures = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png")}
-    assert pictures == {entry["file"] for entry in entries}
-    # And 2 folders, index.jsonl, settings.json.
-    assert len(list(tmp_path.rglob("*"))) == len(entries) + 2 + 2
-    items = plan("set", 2, 0) + plan("image", 3, 0)
-    for entry, item in zip(entries, items):
-        views = RENDERED_VIEWS if entry["kind"] == "set" else 1
-        strip = pixels(tmp_path / entry["file"])
-        assert strip.shape == (32, 32 * views, 4)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run that nothing disturbed: two sets and five images."""
+    folder = tmp_path_factory.mktemp("toy") / "whole"
+    write(folder, objects=2, images=5, size=32)
+    return folder
+
+
+def files_of(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def read_metadata(folder):
+    """{file name: captions} of the images."""
+    lines = (folder / "images/metadata.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return {row["file_name"]: row["captions"] for row in rows}
+
+
+def assert_shows(path, item, c2w, fov):
+    """The picture is what the camera sees of the Item, rendered once more."""
+    drawn = pixels(path)
+    assert drawn.shape == (32, 32, 4)
+    c2w = torch.as_tensor(c2w, dtype=torch.float32)[None, None]
+    buffers = trace(build(*item.pair, [item.seed]), c2w, torch.tensor([fov]), 32)
+    rgba = paint(buffers, palette([item.colour]))[0, 0]
+    expected = (rgba.permute(1, 2, 0) * 255).numpy()
+    assert np.abs(drawn - expected).mean() < 1.5, f"{path} shows something else"
+
+
+def test_there_is_a_folder_of_views_for_each_set_and_a_file_for_each_image(whole):
+    views = [f"{k:03d}.png" for k in range(RENDERED_VIEWS)]
+    wanted = {"settings.json", "sets/captions.json", "images/metadata.jsonl"}
+    wanted |= {f"sets/{i:06d}/{name}" for i in range(2) for name in [*views, "transforms.json"]}
+    wanted |= {f"images/{i:06d}.png" for i in range(5)}
+    assert files_of(whole) == wanted
+
+
+def test_views_and_cameras_of_a_set_agree_with_the_plan(whole):
+    said = json.loads((whole / "sets/captions.json").read_text())
+    assert list(said) == ["000000", "000001"]
+    for item in plan("set", 2, 0):
+        folder = whole / "sets" / item.name
         thing = Thing(*item.pair, item.colour if item.said else None)
-        assert entry["captions"] == captions(thing)
-        # Some views are rendered once more, from the cameras in the index.
-        for view in (0, 5, views - 1) if views > 1 else (0,):
-            azimuth = entry["azimuth"] + view * 360 / RENDERED_VIEWS
-            c2w = orbit(entry["elevation"], azimuth, entry["distance"])[None, None]
-            fov = torch.tensor([entry["fov"]])
-            buffers = trace(build(*item.pair, [item.seed]), c2w, fov, 32)
-            rgba = paint(buffers, palette([item.colour]))[0, 0]
-            expected = (rgba.permute(1, 2, 0) * 255).numpy()
-            drawn = strip[:, view * 32:(view + 1) * 32]
-            assert np.abs(drawn - expected).mean() < 1.5, entry
-    strip = pixels(tmp_path / "sets/000000.png")
-    front, back = strip[:, :32], strip[:, 512:544]
+        assert said[item.name] == captions(thing)
+        scene = json.loads((folder / "transforms.json").read_text())
+        fov = math.degrees(scene["camera_angle_x"])
+        assert fov == pytest.approx(item.fov, rel=1e-5)
+        frames = scene["frames"]
+        assert [frame["file_path"] for frame in frames] == [
+            f"{k:03d}.png" for k in range(RENDERED_VIEWS)]
+        for k, frame in enumerate(frames):
+            c2w = np.array(frame["transform_matrix"])
+            x, y, z = c2w[:3, 3]
+            distance = math.hypot(x, y, z)
+            assert distance == pytest.approx(item.distance, rel=1e-5)
+            assert math.degrees(math.asin(z / distance)) == pytest.approx(item.elevation, rel=1e-5)
+            azimuth = math.degrees(math.atan2(y, x)) % 360
+            assert azimuth == pytest.approx(item.azimuth + k * 360 / RENDERED_VIEWS, rel=1e-5)
+            if k in (0, 5, RENDERED_VIEWS - 1):
+                assert_shows(folder / frame["file_path"], item, c2w, fov)
+    front, back = pixels(folder / "000.png"), pixels(folder / "016.png")
     assert np.abs(front - back).mean() > 2, "the views of a set are all the same"
 
 
-def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
-    whole = tmp_path / "whole"
-    killed = tmp_path / "killed"
-    write(whole, objects=1, images=5, size=16)
+def test_images_agree_with_the_plan(whole):
+    said = read_metadata(whole)
+    assert list(said) == [f"{i:06d}.png" for i in range(5)]
+    for item in plan("image", 5, 0):
+        thing = Thing(*item.pair, item.colour if item.said else None)
+        assert said[f"{item.name}.png"] == captions(thing)
+        c2w = orbit(item.elevation, item.azimuth, item.distance)
+        assert_shows(whole / f"images/{item.name}.png", item, c2w, item.fov)
+
+
+def test_training_reads_what_was_written(whole):
+    objects, (found,) = find_objects([whole / "sets"])
+    assert len(objects) == 2 and found.left_out == []
+    for i, item in enumerate(plan("set", 2, 0)):
+        assert (objects.name(i), objects.captions(i)) == (item.name, item.captions)
+        views = objects.read(i)
+        azimuth = item.azimuth + np.arange(RENDERED_VIEWS) * 360 / RENDERED_VIEWS
+        wanted = dict(
+            azimuth=azimuth, elevation=item.elevation, fov=item.fov, distance=item.distance)
+        for name, value in wanted.items():
+            np.testing.assert_allclose(getattr(views, name), value, rtol=1e-5, err_msg=name)
+        read = objects.pictures(views, [0, 5], 32)
+        for planes, name in zip(read, ("000.png", "005.png")):
+            path = whole / "sets" / item.name / name
+            assert np.array_equal(planes.transpose(1, 2, 0), pixels(path)), path
+    images, (found,) = find_images([whole / "images"])
+    assert found.left_out == []
+    items = plan("image", 5, 0)
+    assert [images.captions(i) for i in range(len(images))] == [item.captions for item in items]
+
+
+def assert_same_folder(folder, other):
+    assert files_of(folder) == files_of(other)
+    for name in files_of(other):
+        assert (folder / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_a_run_killed_within_a_set_leaves_no_half_set(whole, tmp_path, monkeypatch):
+    save_views = dataset.save_views
+
+    def dies(folder, pictures):
+        if "000001" in folder.name:
+            save_views(folder, pictures[:17])
+            raise KeyboardInterrupt
+        return save_views(folder, pictures)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "save_views", dies)
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path, objects=2, images=0, size=32)
+    assert len(list(tmp_path.glob("sets/*/016.png"))) > 0, "the case shows nothing"
+    there = {path.name for path in tmp_path.glob("sets/[!.]*")}
+    assert there <= {"000000"}, "a half set, or captions of a half data set"
+    # A file that a kill cut short while it was written.
+    (tmp_path / "images/.000000.png.1.tmp").write_bytes(b"half")
+    write(tmp_path, objects=2, images=5, size=32)
+    assert_same_folder(tmp_path, whole)
+
+
+def test_a_killed_run_goes_on_where_it_was_and_a_data_set_can_grow(whole, tmp_path, monkeypatch):
     save = dataset.save
     saved = []
 
-    def dies(path, strip):
+    def dies(path, pixels):
         if len(saved) == 3:
             raise KeyboardInterrupt
         saved.append(path)
-        save(path, strip)
+        save(path, pixels)
 
-    monkeypatch.setattr(dataset, "save", dies)
-    with pytest.raises(KeyboardInterrupt):
-        write(killed, objects=1, images=5, size=16)
-    assert not (killed / "index.jsonl").exists()
-    done = {path: os.stat(path).st_mtime_ns for path in killed.rglob("*.png")}
-    assert len(done) == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "save", dies)
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path, objects=0, images=5, size=32)
+    assert not list(tmp_path.glob("*/metadata.jsonl")) + list(tmp_path.glob("*/captions.json"))
+    done = {path: os.stat(path).st_mtime_ns for path in tmp_path.glob("images/*.png")}
+    assert 3 <= len(done) < 5
 
-    monkeypatch.setattr(dataset, "save", save)
-    write(killed, objects=1, images=5, size=16)
+    write(tmp_path, objects=1, images=5, size=32)
+    assert json.loads((tmp_path / "sets/captions.json").read_text()).keys() == {"000000"}
+    for path in tmp_path.glob("sets/000000/*"):
+        done[path] = os.stat(path).st_mtime_ns
+    write(tmp_path, objects=2, images=5, size=32)
     for path, time in done.items():
         assert os.stat(path).st_mtime_ns == time, f"{path} was drawn again"
-    for path in whole.rglob("*.*"):
-        other = killed / path.relative_to(whole)
-        assert path.read_bytes() == other.read_bytes(), path
-    # It can also grow.
-    write(killed, objects=1, images=6, size=16)
-    assert len((killed / "index.jsonl").read_text().splitlines()) == 7
+    assert_same_folder(tmp_path, whole)
 
 
-def test_mistakes_are_told_in_one_line(tmp_path):
-    write(tmp_path / "data", objects=0, images=1, size=16)
-    with pytest.raises(UserError, match="other size or seed|another size or seed"):
-        write(tmp_path / "data", objects=0, images=1, size=32)
+def test_mistakes_are_told_in_one_line_and_change_nothing(whole, tmp_path):
+    before = {path: os.stat(path).st_mtime_ns for path in whole.rglob("*")}
+    with pytest.raises(UserError, match="another size or seed"):
+        write(whole, objects=2, images=5, size=16)
+    with pytest.raises(UserError, match="000001 is none of so many --objects"):
+        write(whole, objects=1, images=5, size=32)
+    with pytest.raises(UserError, match="000004.png is none of so many"):
+        write(whole, objects=2, images=4, size=32)
     with pytest.raises(UserError, match="cannot write"):
-        write(tmp_path / "data/index.jsonl/below", objects=0, images=1, size=16)
+        write(whole / "settings.json/below", objects=0, images=1, size=32)
     with pytest.raises(UserError, match="negative"):
         write(tmp_path / "other", objects=-1, images=1)
     assert not (tmp_path / "other").exists()
+    assert {path: os.stat(path).st_mtime_ns for path in whole.rglob("*")} == before
+
+
+def test_a_folder_of_an_older_version_is_refused(tmp_path):
+    (tmp_path / "settings.json").write_text('{"size": 16, "seed": 0}')
+    (tmp_path / "index.jsonl").write_text("")
+    with pytest.raises(UserError, match="older version of mvd.*choose another --out"):
+        write(tmp_path, objects=1, images=1, size=16)
+    assert files_of(tmp_path) == {"settings.json", "index.jsonl"}
+    # And one of a run that was killed before it wrote the index.
+    (tmp_path / "index.jsonl").unlink()
+    (tmp_path / "sets").mkdir()
+    (tmp_path / "sets/000000.png").write_bytes(b"")
+    with pytest.raises(UserError, match="000000.png is none"):
+        write(tmp_path, objects=1, images=1, size=16)
 
 
 def test_the_command_exits_with_2_on_a_mistake(tmp_path):
@@ -312,10 +421,10 @@ def test_the_command_exits_with_2_on_a_mistake(tmp_path):
     assert "Traceback" not in result.stderr
 
 
-def test_strips_have_the_right_size():
+def test_views_have_the_right_size():
     item = Item(
-        "images/000000.png", ("cake", None), "teal", said=True, seed=5,
+        "image", "000000", ("cake", None), "teal", said=True, seed=5,
         azimuth=10.0, elevation=20.0, fov=40.0, distance=1.4)
-    assert draw_strips([item, item], 16, "cpu").shape == (2, 16, 16, 4)
-    in_set = item._replace(file="sets/000000.png")
-    assert draw_strips([in_set], 16, "cpu").shape == (1, 16, 16 * RENDERED_VIEWS, 4)
+    assert draw_views([item, item], 16, "cpu").shape == (2, 1, 16, 16, 4)
+    in_set = item._replace(kind="set")
+    assert draw_views([in_set], 16, "cpu").shape == (1, RENDERED_VIEWS, 16, 16, 4)

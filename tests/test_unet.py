@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from layouts import named_tensor
-from mvd.unet import MultiViewTransformer, MultiViewUNet, UNetConfig, time_embedding
+from mvd.tools.errors import UserError
+from mvd.unet import ATTENTION, MultiViewTransformer, MultiViewUNet, UNetConfig, time_embedding
 from mvd.weights import convert
 
 DATA = Path(__file__).parent / "data"
@@ -100,11 +102,12 @@ def brute_force_attention(attention, queries, context):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("across", [True, False])
-def test_3d_attention_against_a_loop_over_views(across):
+def test_attention_against_a_loop_over_views(attention, across):
     torch.manual_seed(0)
     sets, views, width = 2, 3, 64
-    block = MultiViewTransformer(width, 16, 32, groups=32)
+    block = MultiViewTransformer(width, 16, 32, groups=32, attention=attention)
     for p in block.parameters():
         torch.nn.init.normal_(p, std=0.2)
     x, context = torch.randn(sets * views, width, 2, 2), torch.randn(sets, 5, 16)
@@ -117,13 +120,18 @@ def test_3d_attention_against_a_loop_over_views(across):
     )  # [B, V, L, C]
     for b in range(sets):
         normed = block.norm1.double()(tokens[b])
-        seen = [normed.flatten(0, 1) if across else normed[v] for v in range(views)]
+        joined = across and attention == "3d"
+        seen = [normed.flatten(0, 1) if joined else normed[v] for v in range(views)]
         tokens[b] += torch.stack(
             [
                 brute_force_attention(block.self_attention, normed[v], seen[v])
                 for v in range(views)
             ]
         )
+        if across and attention == "pixel":
+            normed = block.pixel_norm.double()(tokens[b]).transpose(0, 1)  # [L, V, C]
+            at_pixels = [brute_force_attention(block.pixel_attention, n, n) for n in normed]
+            tokens[b] += torch.stack(at_pixels, 1)
         normed = block.norm2.double()(tokens[b])
         tokens[b] += torch.stack(
             [
@@ -184,3 +192,122 @@ def test_in_bfloat16_the_residual_stream_is_float32(unet, case):
     )
     assert out.dtype == torch.bfloat16 and set(streams) == {torch.float32}
     assert (out.float() - exact).norm() / exact.norm() < 0.02
+
+
+# ---- the paper's ablations -------------------------------------------------------------------
+
+
+def variant(**changes):
+    """A UNet in which no layer is silent."""
+    torch.manual_seed(0)
+    unet = MultiViewUNet(replace(SMALL, **changes)).eval()
+    for p in unet.parameters():
+        torch.nn.init.normal_(p, std=p[0].numel() ** -0.5 if p.ndim > 1 else 0.2)
+    return unet.requires_grad_(False)
+
+
+def changed(unet, case, x=None, camera=None):
+    """[V] bool: which views of the output change if `x` or `camera` stand for the case's."""
+    given = case["x"], case["t"], case["context"], case["camera"]
+    other = case["x"] if x is None else x, *given[1:3], given[3] if camera is None else camera
+    return (unet(*given) - unet(*other)).abs().amax((0, 2, 3, 4)) > 1e-6
+
+
+def with_view_0(tensor):
+    """The same with other numbers in view 0 of each set."""
+    other = tensor.clone()
+    other[:, 0] = other[:, 0].flip(-1)
+    return other
+
+
+FIRST, ALL, NONE = [True, False, False, False], [True] * 4, [False] * 4
+
+
+@pytest.mark.parametrize(
+    "attention, camera, by_x, by_camera",
+    [
+        ("3d", "time", ALL, ALL),
+        ("3d", "text", ALL, ALL),
+        ("3d", "none", ALL, NONE),
+        ("pixel", "time", ALL, ALL),
+        ("pixel", "none", ALL, NONE),
+        ("view", "time", FIRST, FIRST),
+        ("view", "text", FIRST, FIRST),
+        ("view", "none", FIRST, NONE),
+    ],
+)
+def test_what_a_view_depends_on(case, attention, camera, by_x, by_camera):
+    unet = variant(attention=attention, camera=camera)
+    x, cameras = with_view_0(case["x"]), with_view_0(case["camera"])
+    assert changed(unet, case, x=x).tolist() == by_x, "by the latents of view 0"
+    assert changed(unet, case, camera=cameras).tolist() == by_camera, "by the camera of view 0"
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("camera", ["time", "text", "none"])
+def test_the_2d_mode_of_every_variant_is_that_of_the_released_model(unet, case, attention, camera):
+    """The layers that a variant adds are silent in 2D mode."""
+    other = MultiViewUNet(replace(SMALL, attention=attention, camera=camera))
+    known = other.state_dict().keys()
+    added = {name for name in known if "pixel" in name or name.startswith("camera_mlp.")}
+    shared = {name: w for name, w in unet.state_dict().items() if name in known - added}
+    assert other.load_state_dict(shared, strict=False).missing_keys == sorted(
+        added, key=list(known).index
+    )
+    with torch.no_grad():
+        out = other(case["x"], case["t"], case["context"])
+    assert (out - case["out_2d"]).norm() / case["out_2d"].norm() < 1e-4
+
+
+@torch.no_grad()
+def test_pixels_attend_across_views_at_their_own_place_only():
+    torch.manual_seed(0)
+    sets, views, tokens, width = 2, 3, 4, 64
+    block = MultiViewTransformer(width, 16, 32, groups=32, attention="pixel")
+    torch.nn.init.normal_(block.pixel_attention.to_out.weight)
+    y = torch.randn(sets * views, tokens, width)
+    other = y.clone()
+    other[4, 2] += torch.randn(width)  # the second view of the second set, at the third pixel
+    moved = block.attend_at_pixels(other, views) - block.attend_at_pixels(y, views)
+    moved = moved.abs().amax(-1) > 1e-6
+    expected = torch.zeros(sets * views, tokens, dtype=torch.bool)
+    expected[3:6, 2] = True
+    assert torch.equal(moved, expected), "the views of this set, at this pixel"
+
+
+@torch.no_grad()
+def test_attention_at_pixels_is_silent_at_first(case):
+    torch.manual_seed(0)
+    pixel = MultiViewUNet(replace(SMALL, attention="pixel"))
+    view = MultiViewUNet(replace(SMALL, attention="view"))
+    for name, p in pixel.named_parameters():
+        if p.abs().max() == 0 and "pixel" not in name:
+            torch.nn.init.normal_(p, std=0.1)  # all else that starts at nothing
+    shared = {name: w for name, w in pixel.state_dict().items() if "pixel" not in name}
+    view.load_state_dict(shared)
+    given = case["x"], case["t"], case["context"], case["camera"]
+    out = pixel(*given)
+    assert out.abs().max() > 0 and torch.equal(out, view(*given))
+
+
+@torch.no_grad()
+def test_the_camera_token_stands_behind_the_text_of_its_own_view(case):
+    """One view at a time, whose text is made by hand, gives the same as all at once."""
+    unet = variant(attention="view", camera="text")
+    plain = MultiViewUNet(replace(SMALL, attention="view", camera="none"))
+    shared = {k: w for k, w in unet.state_dict().items() if not k.startswith("camera_mlp.")}
+    plain.load_state_dict(shared)
+    x, t, context, camera = (case[name] for name in ("x", "t", "context", "camera"))
+    out = unet(x, t, context, camera)
+    first, _, last = unet.camera_mlp
+    for v in range(x.shape[1]):
+        token = last(torch.nn.functional.silu(first(camera[:, v : v + 1])))  # [B, 1, D]
+        alone = plain(x[:, v : v + 1], t, torch.cat([context, token], 1))
+        torch.testing.assert_close(out[:, v : v + 1], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_unknown_variants_are_refused_in_one_line():
+    with pytest.raises(UserError, match="no attention 'temporal': choose 3d, pixel, view"):
+        MultiViewUNet(replace(SMALL, attention="temporal"))
+    with pytest.raises(UserError, match="no camera 'image': choose time, text, none"):
+        MultiViewUNet(replace(SMALL, camera="image"))

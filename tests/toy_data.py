@@ -9,6 +9,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from mvd.cameras import orbit
+from mvd.data.transforms import write_transforms
+from mvd.tools.pictures import save_views
+
 COLOURS = {"red": (220, 40, 40), "blue": (40, 60, 220)}
 WHITE = (255, 255, 255, 255)
 
@@ -31,34 +35,22 @@ def view(colour, azimuth, size):
     return picture
 
 
-def strip(colour, size, views):
-    """Return the views of a whole orbit, side by side."""
-    picture = Image.new("RGBA", (size * views, size))
-    for k in range(views):
-        picture.paste(view(colour, k * 360 / views, size), (k * size, 0))
-    return picture
-
-
 def write(folder, size=128, items=2, views=32):
-    """Write `items` sets of views, as many single images, and index.jsonl."""
+    """Write `items` sets of views and as many single images, with their captions and cameras."""
     folder = Path(folder)
-    (folder / "sets").mkdir(parents=True)
-    (folder / "images").mkdir()
-    lines = []
+    (folder / "images").mkdir(parents=True)
+    azimuths = torch.arange(views) * 360 / views
+    captions = {}
+    rows = []
     for i in range(items):
+        name = f"{i:06d}"
         colour = list(COLOURS)[i % 2]
-        pictures = {"set": strip(colour, size, views), "image": view(colour, 0, size)}
-        for kind, picture in pictures.items():
-            file = f"{kind}s/{i:06d}.png"
-            picture.save(folder / file)
-            lines.append({
-                "file": file,
-                "kind": kind,
-                "captions": [f"a {colour} ball", f"ball, {colour}"],
-                "elevation": 10.0,
-                "azimuth": 0.0,
-                "fov": 40.0,
-                "distance": 1.4,
-            })
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (folder / "index.jsonl").write_text(text)
+        captions[name] = [f"a {colour} ball", f"ball, {colour}"]
+        pictures = [view(colour, azimuth, size) for azimuth in azimuths.tolist()]
+        names = save_views(folder / "sets" / name, pictures)
+        write_transforms(folder / "sets" / name, names, orbit(10.0, azimuths, 1.4), 40.0)
+        view(colour, 0, size).save(folder / "images" / f"{name}.png")
+        rows.append({"file_name": f"{name}.png", "captions": captions[name]})
+    (folder / "sets" / "captions.json").write_text(json.dumps(captions))
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "images" / "metadata.jsonl").write_text(text)

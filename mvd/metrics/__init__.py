@@ -3,6 +3,7 @@
     things.py       the captions that are asked for, and those they could be confused with
     candidates.py   renders of what pictures could show, and how far pictures are from them
     judge.py        R-precision, view accuracy, Janus rate, variety
+    consistency.py  do the views of a set show one and the same thing?
     command.py      python -m mvd.metrics: judges samples and runs
     clip.py         the same question for any prompt, asked of CLIP
     identity.py     python -m mvd.metrics.identity: does DreamBooth's result show its subject?

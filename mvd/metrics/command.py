@@ -1,6 +1,7 @@
 """python -m mvd.metrics: judge samples of a model, or 3D objects that distill.py made.
 
     python -m mvd.metrics --samples 8       # 8 captions of each split, sampled by the tiny model
+    python -m mvd.metrics --samples 8 --consistency     # do eight views show one thing?
     python -m mvd.metrics runs/*            # 3D objects
     python -m mvd.metrics runs/* --clip     # of any prompts, judged by CLIP
 
@@ -22,7 +23,7 @@ from ..tools import cli
 from ..tools.device import choose_device, choose_dtype
 from ..tools.errors import UserError
 from ..tools.files import read_safetensors
-from . import clip
+from . import clip, consistency
 from .candidates import SAMPLED, Cameras, at_real_size, real_views
 from .judge import judge_sets, name_colours, report_line, variety
 from .things import draw_things, read_prompt
@@ -34,17 +35,18 @@ VARIETY_SETS = 8
 
 # ---- samples ---------------------------------------------------------------------------------
 
-def sample_all(model, prompts, seed, batch=16):
-    """One set of views per prompt, from the cameras SAMPLED: [N, V, 3, H, W] in [0, 1].
+def sample_all(model, prompts, seed, batch=16, cameras=SAMPLED):
+    """One set of views per prompt, from the cameras: [N, V, 3, H, W] in [0, 1].
 
-    The batch that begins with prompt i has seed + i.
+    The cameras stand evenly round the thing, the first in front. The batch that begins with
+    prompt i has seed + i.
     """
     starts = range(0, len(prompts), batch)
     sets = []
     for i in tqdm(starts, desc="sampling", unit="batch", disable=None):
         sets.append(model.sample(
             prompts[i:i + batch],
-            elevation=SAMPLED.elevation, views=len(SAMPLED.azimuth), seed=seed + i))
+            elevation=cameras.elevation, views=len(cameras.azimuth), seed=seed + i))
     return torch.cat(sets)
 
 
@@ -70,6 +72,8 @@ def judge_samples(flags, device):
         if flags.variety > 0:
             report["variety"] = relative_variety(
                 model, things[part][:flags.variety], flags.seed + 1, device)
+        if flags.consistency:
+            report.update(consistency_with_ceiling(model, things[part], flags.seed, device))
         reports.append(report)
     return reports
 
@@ -83,6 +87,20 @@ def relative_variety(model, things, seed, device):
         real = real_views([thing] * VARIETY_SETS, SAMPLED, device, seed)
         shares.append(variety(sampled) / variety(real))
     return sum(shares) / len(shares)
+
+
+def consistency_with_ceiling(model, things, seed, device):
+    """The mean consistency of samples of Things, and of real renders, in dB, as a dict."""
+    cameras = consistency.CAMERAS
+    prompts = [toyworld.captions(thing)[0] for thing in things]
+    sampled = sample_all(model, prompts, seed, batch=8, cameras=cameras)
+    # Of any field of view, as the samples are.
+    real = real_views(things, cameras._replace(fov_deg=None), device, seed)
+    found = {}
+    for name, views in (("consistency", sampled), ("consistency_ceiling", real)):
+        progress = functools.partial(tqdm, desc="fitting fields", unit="set", disable=None)
+        found[name] = consistency.psnr_of_predictions(views, progress).mean().item()
+    return found
 
 
 def judge_with_ceiling(views, things, cameras, seed):
@@ -210,9 +228,11 @@ def in_words(verdict):
 
 def print_table(reports):
     """Print reports, dicts with the same keys, as a table: a column per key."""
-    print("".join(f"{name:>15}" for name in reports[0]))
+    widths = [max(15, len(name) + 2) for name in reports[0]]
+    print("".join(name.rjust(width) for name, width in zip(reports[0], widths)))
     for report in reports:
-        print("".join(f"{cell(value):>15}" for value in report.values()))
+        cells = [cell(value) for value in report.values()]
+        print("".join(text.rjust(width) for text, width in zip(cells, widths)))
 
 
 def cell(value):
@@ -235,6 +255,9 @@ def main():
     add("--samples", type=int, help="sample and judge so many captions of each split")
     add("--variety", type=int, default=0,
         help="with --samples: measure the variety of so many captions per split")
+    add("--consistency", action="store_true",
+        help="with --samples: fit fields to half of eight views, and measure in dB how well they "
+        "predict the other half")
     add("--model", default="tiny",
         help="with --samples: tiny, mvdream-sd21, sd21, or the path of a checkpoint")
     add("--clip", action="store_true",

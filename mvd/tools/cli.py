@@ -1,4 +1,4 @@
-"""The command line: flags from a dataclass, a user's mistake in one line, Ctrl-C between two steps.
+"""The command line: flags from a dataclass, mistakes in one line, signals between steps.
 
 A script's settings are the fields of one dataclass. Where a model changes a script's defaults
 (`presets.py`), the flags that name the model are read first, so that `--help` shows, and a run
@@ -18,23 +18,29 @@ import warnings
 
 import torch
 
+from . import parallel
 from .device import keep_memory
 from .errors import UserError
 
 # What stands in the usage for a value.
-METAVARS = {int: "N", float: "X", str: "TEXT"}
+METAVARS = {int: "N", float: "X", str: "TEXT", tuple: "PATH"}
 # How a complaint calls a value.
 KINDS = {int: "whole number", float: "number", str: "text"}
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaint is one line."""
+    """argparse whose complaint is one line, and which prints in one of several processes."""
 
     def error(self, message):
         hint = "see --help"
         if "unrecognized" in message:
             hint = "put a text of several words in quotes, or see --help"
-        self.exit(2, f"error: {' '.join(message.split())}; {hint}\n")
+        line = f"error: {' '.join(message.split())}; {hint}\n"
+        self.exit(2, line if parallel.is_first() else None)
+
+    def print_help(self, file=None):
+        if parallel.is_first():
+            super().print_help(file)
 
 
 # ---- flags from a dataclass ------------------------------------------------------------------
@@ -51,7 +57,7 @@ def parse(cls, argv=None, description=None, defaults=None):
     """An instance of the dataclass `cls`, filled from the command line.
 
     A field `learning_rate: float` becomes --learning-rate. Types: str, int, float, bool (--flag,
-    --no-flag), or one of them or None. defaults(flags) -> (where they stand, {field: value}): what
+    --no-flag), tuple (several texts), or one of them or None. defaults(flags) -> (where they stand, {field: value}): what
     replaces the dataclass's own defaults, given the texts of the flags so far. A mistake ends in
     one line on stderr and exit status 2.
     """
@@ -66,7 +72,9 @@ def parse(cls, argv=None, description=None, defaults=None):
     types = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         add_flag(parser, field, plain_type(types[field.name]), values)
-    return cls(**{**values, **vars(parser.parse_args(argv))})
+    given = vars(parser.parse_args(argv))
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    return cls(**{**values, **given})
 
 
 def own_defaults(cls):
@@ -111,7 +119,7 @@ def add_flag(parser, field, kind, values):
     """Add one field to the parser. values: {field: default} of all that need not be given."""
     required, default = field.name not in values, values.get(field.name)
     text = field.metadata["help"]
-    if default is not None and default != "":
+    if default not in (None, "", ()):
         text += f" (default: {show(default)})"
     text = text.replace("%", "%%")
     if kind is bool:
@@ -123,6 +131,8 @@ def add_flag(parser, field, kind, values):
         return
     choices = field.metadata.get("choices")
     options = dict(type=converter(kind, field.metadata), choices=choices, help=text)
+    if kind is tuple:
+        options.update(type=str, nargs="+")
     if not choices:
         options["metavar"] = METAVARS[kind]
     if field.metadata.get("positional"):
@@ -152,7 +162,7 @@ def converter(kind, rules):
             raise argparse.ArgumentTypeError(f"must be {wanted}, not {text}")
         return value
 
-    convert.__name__ = KINDS[kind]
+    convert.__name__ = KINDS.get(kind, "text")
     return convert
 
 
@@ -186,59 +196,109 @@ def as_flag(name, value):
     """A setting as one would type it: --steps 40, --no-shading, --suffix ', 3d asset'."""
     if isinstance(value, bool):
         return flag_of(name) if value else flag_of(f"no_{name}")
+    if isinstance(value, (tuple, list)):
+        return f"{flag_of(name)} {shlex.join(value)}"
     return f"{flag_of(name)} {shlex.quote(str(value))}"
 
 
 # ---- how a script ends -----------------------------------------------------------------------
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM ends the script: the exit status is 143."""
+
+
+def interruption(code):
+    """The exception with which a loop ends after a signal, SIGINT or SIGTERM."""
+    return Terminated() if code == signal.SIGTERM else KeyboardInterrupt()
+
+
 def main(function):
     """Call function(). User errors are printed in one line, with exit status 2.
 
     A bug of ours keeps its traceback. A warning is one line, too, without the place in our source.
+    Ctrl-C ends with exit status 130, SIGTERM with 143.
     """
     def fail(line):
         print("error:", " ".join(line.split()), file=sys.stderr)
-        sys.exit(2)
+        return 2
 
     def show_warning(message, *_, **__):
-        print("warning:", " ".join(str(message).split()), file=sys.stderr)
+        if parallel.is_first():
+            print("warning:", " ".join(str(message).split()), file=sys.stderr)
+
+    def on_terminate(number, frame):
+        signal.signal(number, signal.SIG_IGN)
+        raise Terminated
 
     warnings.showwarning = show_warning
     keep_memory()
+    status = 0
     try:
-        function()
+        with handlers({signal.SIGTERM: on_terminate}):
+            function()
     except UserError as error:
-        fail(str(error))
+        status = fail(str(error))
     except torch.cuda.OutOfMemoryError:
-        fail(
+        status = fail(
             "the GPU has no memory left; close other programs that use it, "
             "or use --device cpu or smaller settings"
         )
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        fail(
+        status = fail(
             "no space left on the disk; free some, "
             "then run again (with --resume if there is a checkpoint)"
         )
+    except RuntimeError as error:
+        # PyTorch raises it wherever the main program is, when a process that reads has died.
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        status = fail(f"{error}; if memory ran out use fewer --workers; go on with --resume")
+    except Terminated:
+        status = 143
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
+    except SystemExit as end:
+        status = end.code
+    parallel.end(status)
+
+
+@contextlib.contextmanager
+def handlers(functions):
+    """Within this context the signals {number: function} call these, in the main thread.
+
+    Afterwards they do what they did before, but a signal that is ignored by then stays so: a
+    script that SIGTERM has told to end may be told again, by torchrun for example.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, function) for number, function in functions.items()}
+    try:
+        yield
+    finally:
+        for number, function in before.items():
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, function)
 
 
 @contextlib.contextmanager
 def interrupt_flag():
-    """Within this context Ctrl-C sets the event that it gives, so a loop can end between two steps.
+    """Within this context Ctrl-C and SIGTERM set the event that it gives, its `code`, too.
 
-    A second Ctrl-C interrupts as usual. Afterwards Ctrl-C does what it did before.
+    So a loop can end between two steps, with `interruption(event.code)`. code is 0 until a signal
+    comes, then its number; SIGTERM's is the larger one. A second Ctrl-C interrupts as usual, a
+    second SIGTERM is ignored. In other threads than the main one the event is never set.
     """
-    event, before = threading.Event(), signal.getsignal(signal.SIGINT)
+    event = threading.Event()
+    event.code = 0
 
-    def on_interrupt(*_):
+    def on_signal(number, frame):
+        event.code = max(event.code, number)
         event.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        interrupt = number == signal.SIGINT
+        signal.signal(number, signal.default_int_handler if interrupt else signal.SIG_IGN)
 
-    signal.signal(signal.SIGINT, on_interrupt)
-    try:
+    with handlers({signal.SIGINT: on_signal, signal.SIGTERM: on_signal}):
         yield event
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -144,10 +144,14 @@ class GraphedStep:
     to where the graph reads them, replays the graph, and returns the same tensor with new
     numbers; the step's Python code does not run any more. On other devices every call runs the
     step itself. Call it within `side_stream`, since the default stream cannot be captured.
+
+    pool: steps that never run at the same time may share their memory: they get the same
+    `torch.cuda.graph_pool_handle()`.
     """
 
-    def __init__(self, step, device):
+    def __init__(self, step, device, pool=None):
         self.step = step
+        self.pool = pool
         self.cuda = device.type == "cuda"
         self.calls = 0
         self.graph = None
@@ -159,14 +163,19 @@ class GraphedStep:
         if self.graph is None:
             self.capture(arguments)
         for read, given in zip(self.inputs, arguments):
-            read.copy_(given)
+            read.copy_(given, non_blocking=True)
         self.graph.replay()
         return self.result
 
     def capture(self, arguments):
         self.inputs = [argument.clone() for argument in arguments]
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
+        stream = torch.cuda.current_stream()
+        # Other threads (NCCL's, the one that pins batches) may go on while this one captures.
+        mode = "thread_local"
+        with torch.cuda.graph(
+            self.graph, pool=self.pool, stream=stream, capture_error_mode=mode
+        ):
             self.result = self.step(*self.inputs)
 
 

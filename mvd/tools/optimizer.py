@@ -5,6 +5,7 @@ bfloat16 copies of them (`Rounded`; Micikevicius et al. 2018, §3.1). A bfloat16
 a step of 2e-6 on a weight of 0.02 would be rounded away every time.
 """
 import contextlib
+import functools
 import math
 
 import torch
@@ -17,9 +18,9 @@ class Rounded:
         with in_bfloat16:
             loss(network).backward()
 
-    As the context ends, the gradients of the copies are added to `grad` of the float32 weights.
-    Elsewhere than on CUDA nothing changes. (torch.autocast does the same with norms in float32,
-    which takes a fifth more time in training, and more memory.)
+    As soon as a copy has its gradient, that is added to `grad` of the float32 weight. Elsewhere
+    than on CUDA nothing changes. (torch.autocast does the same with norms in float32, which takes
+    a fifth more time in training, and more memory.)
     """
 
     def __init__(self, module):
@@ -32,8 +33,9 @@ class Rounded:
                     self.weights.append(weight)
         # Made once: a CUDA graph reads them where they lie.
         self.copies = [torch.empty_like(w, dtype=torch.bfloat16) for w in self.weights]
-        for copy in self.copies:
+        for copy, weight in zip(self.copies, self.weights):
             copy.requires_grad_()
+            copy.register_post_accumulate_grad_hook(functools.partial(hand_over, weight))
 
     def __enter__(self):
         if self.copies:
@@ -43,19 +45,51 @@ class Rounded:
             layer._parameters[name] = copy
 
     def __exit__(self, *_):
-        for (layer, name), weight, copy in zip(self.places, self.weights, self.copies):
+        for (layer, name), weight in zip(self.places, self.weights):
             layer._parameters[name] = weight
-            if copy.grad is not None:
-                gradient = copy.grad.float()
-                weight.grad = gradient if weight.grad is None else weight.grad + gradient
-                copy.grad = None
 
 
-def adamw(groups, betas):
+def hand_over(weight, copy):
+    """Add the gradient of a weight's copy to the weight's own, and free it."""
+    if weight.grad is None:
+        weight.grad = copy.grad.float()
+    else:
+        weight.grad += copy.grad
+    copy.grad = None
+
+
+class Vector:
+    """All weights of a module that learn, as one vector θ [n] float32.
+
+    `theta`, `theta.grad` and `average` (of θ over time) each lie in one piece, and the weights of
+    the module and their `grad` are views of them. So what is done to all weights (a mean over
+    processes, clipping, the average) is one operation, not one per weight.
+    """
+
+    def __init__(self, module, spare=0):
+        """spare: so many numbers, `spare`, lie behind θ's gradient in `gradient`."""
+        weights = [w for w in module.parameters() if w.requires_grad]
+        begins = [0]
+        for w in weights:
+            # Each begins at a multiple of 64 numbers, as matrix products on a GPU like it.
+            begins.append(begins[-1] + math.ceil(w.numel() / 64) * 64)
+        total, device = begins.pop(), weights[0].device
+        self.theta = torch.nn.Parameter(torch.zeros(total, device=device))
+        self.gradient = torch.zeros(total + spare, device=device)
+        self.theta.grad, self.spare = self.gradient.split([total, spare])
+        for w, begin in zip(weights, begins):
+            view = self.theta.data.as_strided(w.shape, w.stride(), begin)
+            view.copy_(w.data)
+            w.data = view
+            w.grad = self.theta.grad.as_strided(w.shape, w.stride(), begin)
+        self.average = self.theta.detach().clone()
+
+
+def adamw(groups, betas, skip=None):
     """AdamW over float32 weights: groups of (parameters, learning rate, weight decay).
 
     Each learning rate is a tensor [], `group["lr"]`, so that a CUDA graph reads what `set_rates`
-    wrote last.
+    wrote last. skip: a tensor [], read at every step: where it is 1, the step changes nothing.
     """
     settings = []
     for parameters, rate, decay in groups:
@@ -64,7 +98,10 @@ def adamw(groups, betas):
         lr = torch.tensor(rate, device=device)
         settings.append({"params": parameters, "lr": lr, "weight_decay": decay})
     cuda = device.type == "cuda"
-    return torch.optim.AdamW(settings, betas=betas, fused=cuda, capturable=cuda)
+    fused = cuda or skip is not None
+    optimizer = torch.optim.AdamW(settings, betas=betas, fused=fused, capturable=cuda)
+    optimizer.found_inf = skip  # the name that PyTorch's loss scaler uses; the fused AdamW reads it
+    return optimizer
 
 
 def set_rates(optimizer, *rates):
@@ -81,14 +118,19 @@ def learning_rate(step, steps, peak):
 
 
 @contextlib.contextmanager
-def swapped_in(parameters, tensors):
-    """Within this context the parameters hold the values of the tensors; afterwards their own."""
-    parameters = list(parameters)
-    with torch.no_grad():
-        kept = [p.clone() for p in parameters]
-        torch._foreach_copy_(parameters, tensors)
+def exchanged(a, b, piece=2**24):
+    """Within this context two vectors hold each other's values.
+
+    They change places piece by piece, in the memory of one piece.
+    """
+    def exchange():
+        for one, other in zip(a.detach().split(piece), b.detach().split(piece)):
+            kept = one.clone()
+            one.copy_(other)
+            other.copy_(kept)
+
+    exchange()
     try:
         yield
     finally:
-        with torch.no_grad():
-            torch._foreach_copy_(parameters, kept)
+        exchange()

@@ -1,8 +1,10 @@
 """Pictures of a run: PNG files, sheets of images, the turntable, depth and normals in colour.
 
 Images are tensors [3, H, W] in [0, 1], the top row first. Files are written whole or not at
-all (files.py).
+all (files.py), but for those of `save_views`.
 """
+from pathlib import Path
+
 import numpy as np
 import torch
 from PIL import Image
@@ -28,7 +30,7 @@ def grid(images, columns):
 
 
 def to_pil(image):
-    """A Pillow picture of an image [3, H, W] or [H, W] (grey).
+    """A Pillow picture of an image [3, H, W], [4, H, W] (with alpha) or [H, W] (grey).
 
     What lies outside [0, 1] is clamped, NaN is black.
     """
@@ -43,6 +45,21 @@ def save_png(path, image):
     """Write an image [3, H, W] or [H, W] (grey) as PNG; clamp it to [0, 1]."""
     picture = to_pil(image)
     write_atomic(path, lambda file: picture.save(file, "PNG"))
+
+
+def save_views(folder, pictures):
+    """Write Pillow pictures as 000.png, 001.png, ... into a folder, and return their names.
+
+    The folder is made if it is not there. Unlike the other files here one of these may be half
+    written after a kill: what lists them, such as transforms.json, is to be written after them.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"{k:03d}.png" for k in range(len(pictures))]
+    for name, picture in zip(names, pictures):
+        # A data set has 100,000 of them: level 1 takes half the time.
+        picture.save(folder / name, compress_level=1)
+    return names
 
 
 def save_turntable(path, frames, seconds=4.0):

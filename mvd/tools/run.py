@@ -1,13 +1,17 @@
-"""The folder that a run writes, its log, and its checkpoint.
+"""The folder that a run writes, its log, and its checkpoints.
 
     runs/<slug>/  config.json  log.jsonl  progress/*.png  the results  checkpoint.pt
+                  checkpoint-before.pt
 
 Every file is written as a whole (`files.py`), so a run can be resumed wherever it was killed.
+Should the disk damage the last checkpoint, there is the one before.
 """
 import itertools
 import json
+import os
 import re
 import unicodedata
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -17,13 +21,16 @@ from .errors import UserError
 from .files import write_atomic
 
 CHECKPOINT = "checkpoint.pt"
+# All that a run may hold, the newest first. The first one is there only for a moment, but for
+# good after a kill in that moment.
+CHECKPOINTS = ("checkpoint-new.pt", CHECKPOINT, "checkpoint-before.pt")
 # What versions of mvd before checkpoint.pt wrote. They cannot be continued.
 OLD_CHECKPOINT = "checkpoint.safetensors"
 # What to do, in the words of several errors and of an interrupted run.
 ANEW = "start anew without --resume, with another --out"
 GO_ON = "go on with the same command and --resume"
 # A folder that holds one of these files holds a run.
-RUN_FILES = ("config.json", "log.jsonl", CHECKPOINT, OLD_CHECKPOINT)
+RUN_FILES = ("config.json", "log.jsonl", *CHECKPOINTS, OLD_CHECKPOINT)
 
 # ---- the folder ------------------------------------------------------------------------------
 
@@ -43,6 +50,11 @@ def make_folder(path):
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _cannot_make(folder, error) from error
+
+
+def holds_run(folder):
+    """Return whether a run has begun in the folder."""
+    return any(Path(folder, name).exists() for name in RUN_FILES)
 
 
 def open_run(out, config, resume, default="runs/untitled", may_change=()):
@@ -78,7 +90,7 @@ def _new_folder(out, default):
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _cannot_make(out or default, error) from error
-    if any((folder / name).exists() for name in RUN_FILES):
+    if holds_run(folder):
         raise UserError(
             f"{folder} already holds a run; continue it with --resume or choose another --out")
     return folder
@@ -177,17 +189,26 @@ def truncate_log(path, step):
     lines = [json.dumps(row) + "\n" for row in rows]
     write_atomic(path, "".join(lines).encode())
 
-# ---- the checkpoint --------------------------------------------------------------------------
+# ---- the checkpoints -------------------------------------------------------------------------
 
 
 def save_checkpoint(path, state):
-    """Write everything that a run needs to continue bit for bit.
+    """Write everything that a run needs to continue bit for bit. Keep the checkpoint before.
 
+    The earlier ones stay as they are until the new one is complete, so the disk needs room for
+    three. Whenever the process is killed, those that are there are complete.
+
+    path: such as out / CHECKPOINT; <name>-before.pt beside it is the one before.
     state: a dict of tensors, numbers, str, bool, None, and of dicts, lists and tuples of these,
     such as the state_dict() of an optimizer. Nothing else (NumPy's numbers neither):
     `load_checkpoint` would refuse the file.
     """
-    write_atomic(path, lambda file: torch.save(state, file))
+    path = Path(path)
+    new, before = (path.with_stem(f"{path.stem}-{word}") for word in ("new", "before"))
+    write_atomic(new, lambda file: torch.save(state, file))
+    if path.exists():
+        os.replace(path, before)
+    os.replace(new, path)
 
 
 def load_checkpoint(path):
@@ -196,26 +217,42 @@ def load_checkpoint(path):
     Loading an untrusted file cannot run code (weights_only). Raises UserError if the file is
     missing, damaged or not a checkpoint.
     """
-    state, problem = None, None
+    state = None
     try:
         # torch.save writes a zip file. The old format, which is not one, is not tried.
         if zipfile.is_zipfile(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
-    # Damaged bytes can lead torch.load to any error.
-    except Exception as error:
-        problem = error
+    # Damaged bytes can lead torch.load to any error. It is not kept: gigabytes may hang on it.
+    except Exception:
+        pass
     if not isinstance(state, dict):
         raise UserError(
             f"{path} is missing, damaged, cut short or not a checkpoint of a run, or holds more "
-            f"than tensors, numbers and text, so it is not loaded; {ANEW}") from problem
+            f"than tensors, numbers and text, so it is not loaded; {ANEW}")
     return state
 
 
 def last_checkpoint(out):
     """Return the state that the run in the folder `out` saved last.
 
-    None: it was killed before its first checkpoint and starts anew. Raises UserError as
-    `load_checkpoint` does.
+    If that file is damaged, a warning says so, and it is the state that was saved before. None:
+    the run was killed before its first checkpoint and starts anew. Raises UserError if no
+    checkpoint of several can be loaded.
     """
-    path = out / CHECKPOINT
-    return load_checkpoint(path) if path.exists() else None
+    complaints = []
+    for name in CHECKPOINTS:
+        path = out / name
+        if not path.exists():
+            continue
+        try:
+            state = load_checkpoint(path)
+        except UserError as error:
+            complaints.append((name, str(error)))
+            continue
+        if complaints:
+            damaged = " and ".join(name for name, _ in complaints)
+            warnings.warn(f"in {out} {damaged} cannot be loaded; going on from {name}")
+        return state
+    if complaints:
+        raise UserError(complaints[0][1])
+    return None

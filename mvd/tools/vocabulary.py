@@ -4,6 +4,7 @@ The released model has CLIP's whole vocabulary. A small model knows the words of
 (`TextConfig.words`): a prompt is cut down to them, and a warning names what was left out.
 """
 import re
+import unicodedata
 import warnings
 
 from .errors import UserError
@@ -20,8 +21,34 @@ COMMON_TOKENS = 40_000
 
 
 def words_of(prompt):
-    """The words and commas of a prompt, in lower case and in order."""
-    return re.findall(r"[a-z0-9]+|,", prompt.lower())
+    """The words and commas of a prompt, in lower case and in order.
+
+    A word is a run of letters and digits of any script, with the marks that belong to them.
+    Unicode writes many of them in several ways: these become one (NFKC).
+    """
+    text = unicodedata.normalize("NFKC", prompt).casefold()
+    text = unicodedata.normalize("NFKC", text)
+    # To Python a mark is no part of a word, as little as a dash: all but the marks go.
+    text = re.sub(r"[^\w\s\x00-\x7f]", mark_or_space, text)
+    return re.findall(r"[^\W_](?:[^\W_]|[^\w\s\x00-\x7f])*|,", text)
+
+
+def mark_or_space(match):
+    """A mark (an accent, a vowel sign) as it is, any other character as a space."""
+    return match[0] if unicodedata.category(match[0]).startswith("M") else " "
+
+
+def new_words(captions, config):
+    """The words of captions that a model does not know, sorted: [str].
+
+    config: a TextConfig. A model with CLIP's whole vocabulary knows all.
+    """
+    if not config.words:
+        return []
+    found = set()
+    for caption in captions:
+        found.update(words_of(caption))
+    return sorted(found - {",", *config.words})
 
 
 def name_subject(prompt, identifier):

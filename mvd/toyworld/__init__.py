@@ -11,7 +11,7 @@
     dataset.py      python -m mvd.toyworld: writes a data folder
 """
 from .accessories import ACCESSORIES
-from .dataset import RENDERED_VIEWS, Item, draw_strips, plan, save, write
+from .dataset import RENDERED_VIEWS, Item, draw_views, plan, save, write
 from .paints import PAINTS, SLOT
 from .shapes import build, palette
 from .subjects import ORIENTED, SUBJECTS
@@ -19,6 +19,6 @@ from .words import COLOURS, NATURAL, Thing, captions, pairs, split
 
 __all__ = [
     "ACCESSORIES", "COLOURS", "NATURAL", "ORIENTED", "PAINTS", "RENDERED_VIEWS", "SLOT", "SUBJECTS",
-    "Item", "Thing", "build", "captions", "draw_strips", "pairs", "palette", "plan", "save",
+    "Item", "Thing", "build", "captions", "draw_views", "pairs", "palette", "plan", "save",
     "split", "write",
 ]

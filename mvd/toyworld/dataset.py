@@ -2,16 +2,24 @@
 
     python -m mvd.toyworld --out data/toy --objects 500
 
-writes sets/*.png (32 views around an object, side by side), images/*.png (single pictures),
-index.jsonl (one line per file: its captions and its camera) and settings.json (so that another run
-does not mix sizes or seeds). mvd/data.py explains the format, cameras.py the axes. Cameras and the
-32 views per object: MVDream, appendix.
+writes
+
+    sets/000000/000.png ... 031.png     the views around an object, evenly and counter-clockwise
+    sets/000000/transforms.json         their cameras, in the format of NeRF's synthetic scenes
+    sets/captions.json                  {"000000": [wordings that mean the same], ...}
+    images/000000.png ...               single pictures
+    images/metadata.jsonl               a line each: {"file_name": "000000.png", "captions": [...]}
+    settings.json                       so that another run does not mix sizes or seeds
+
+All pictures are RGBA. cameras.py explains the axes. Cameras and the 32 views per object: MVDream,
+appendix.
 """
 import functools
 import json
 import math
 import multiprocessing
 import os
+import shutil
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from threading import Thread
@@ -22,10 +30,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..cameras import orbit
+from ..data.transforms import write_transforms
 from ..tools import cli
 from ..tools.device import choose_device
 from ..tools.errors import UserError
 from ..tools.files import write_atomic
+from ..tools.pictures import save_views
 from .shapes import DRAWS, build, palette
 from .tracer import paint, trace
 from .words import COLOURS, NATURAL, Thing, captions, pairs
@@ -35,12 +45,14 @@ RENDERED_VIEWS = 32
 
 
 class Item(NamedTuple):
-    """One file of the data set, before it is drawn.
+    """One set or image of the data set, before it is drawn.
 
-    file: such as "sets/000000.png". pair: (subject, accessory or None). said: whether the captions
-    name the colour. seed: of the proportions. azimuth (of the first view), elevation, fov: degrees.
+    kind: "set" or "image". name: such as "000000". pair: (subject, accessory or None). said:
+    whether the captions name the colour. seed: of the proportions. azimuth (of the first view),
+    elevation, fov: degrees.
     """
-    file: str
+    kind: str
+    name: str
     pair: tuple
     colour: str
     said: bool
@@ -50,18 +62,15 @@ class Item(NamedTuple):
     fov: float
     distance: float
 
-    def index_entry(self):
-        """What index.jsonl says of this file, a dict."""
-        thing = Thing(*self.pair, self.colour if self.said else None)
-        return {
-            "file": self.file,
-            "kind": "set" if self.file.startswith("sets") else "image",
-            "captions": captions(thing),
-            "elevation": self.elevation,
-            "azimuth": self.azimuth,
-            "fov": self.fov,
-            "distance": self.distance,
-        }
+    @property
+    def path(self):
+        """Where it is: a folder of views such as "sets/000000", or a file, "images/000000.png"."""
+        return f"sets/{self.name}" if self.kind == "set" else f"images/{self.name}.png"
+
+    @property
+    def captions(self):
+        """The wordings that the data set has for it."""
+        return captions(Thing(*self.pair, self.colour if self.said else None))
 
 
 # ---- what to draw ----------------------------------------------------------------------------
@@ -127,33 +136,35 @@ def plan_item(kind, i, seed, pair, colour):
     # At 0.5 / tan(fov / 2) the cube [-0.5, 0.5]^3 fills the picture.
     distance = (0.9 + 0.2 * u[5]) * 0.5 / math.tan(math.radians(fov / 2))
     return Item(
-        file=f"{kind}s/{i:06d}.png", pair=pair, colour=colour, said=said, seed=item_seed,
+        kind=kind, name=f"{i:06d}", pair=pair, colour=colour, said=said, seed=item_seed,
         azimuth=azimuth % 360, elevation=30 * u[3], fov=fov, distance=distance)
 
 
 # ---- drawing ---------------------------------------------------------------------------------
 
-def draw_strips(items, size, device):
-    """The pictures of N Items of one pair: RGBA, uint8 [N, size, V * size, 4] on the CPU.
-
-    A strip holds V views side by side: RENDERED_VIEWS for sets, 1 for images.
-    """
-    views = RENDERED_VIEWS if items[0].file.startswith("sets") else 1
+def cameras_of(items):
+    """The cameras of N Items of one kind: c2w [N, V, 4, 4], V = RENDERED_VIEWS or 1."""
+    views = RENDERED_VIEWS if items[0].kind == "set" else 1
     azimuth = torch.tensor([item.azimuth for item in items])
     elevation = torch.tensor([item.elevation for item in items])
-    fov = torch.tensor([item.fov for item in items])
     distance = torch.tensor([item.distance for item in items])
     turn = torch.arange(views) * (360 / views)
-    # [N, V, 4, 4]
-    c2w = orbit(elevation[:, None], azimuth[:, None] + turn, distance[:, None])
+    return orbit(elevation[:, None], azimuth[:, None] + turn, distance[:, None])
 
+
+def draw_views(items, size, device):
+    """The pictures of N Items of one pair and kind: RGBA, uint8 [N, V, size, size, 4] on the CPU.
+
+    V is RENDERED_VIEWS for sets, 1 for images.
+    """
     subject, accessory = items[0].pair
     shapes = build(subject, accessory, [item.seed for item in items], device)
     colours = palette([item.colour for item in items], device)
+    fov = torch.tensor([item.fov for item in items])
     # [N, V, 4, H, W]
-    rgba = paint(trace(shapes, c2w, fov, size), colours)
+    rgba = paint(trace(shapes, cameras_of(items), fov, size), colours)
     rgba = (rgba * 255).round().to(torch.uint8)
-    return rgba.permute(0, 3, 1, 4, 2).flatten(2, 3).cpu()
+    return rgba.permute(0, 1, 3, 4, 2).contiguous().cpu()
 
 
 def save(path, pixels):
@@ -162,10 +173,25 @@ def save(path, pixels):
     write_atomic(path, lambda file: image.save(file, format="png", compress_level=1))
 
 
+def save_set(folder, pixels, c2w, fov):
+    """Save views, uint8 [V, H, W, 4], and their cameras, c2w [V, 4, 4], as a folder.
+
+    Even if we are killed, no half folder is left under this name. A flush to the disk for each of
+    so many files would take longer than drawing them, so after a power cut files may be damaged.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    names = save_views(temporary, [Image.fromarray(view) for view in pixels.numpy()])
+    write_transforms(temporary, names, c2w, fov, size=pixels.shape[1])
+    temporary.rename(folder)
+
+
 def draw_files(items, out, size, device):
-    """Draw Items of one pair and save them; returns their number."""
-    for item, pixels in zip(items, draw_strips(items, size, device)):
-        save(out / item.file, pixels)
+    """Draw Items of one pair and kind, and save them; returns their number."""
+    for item, pixels, c2w in zip(items, draw_views(items, size, device), cameras_of(items)):
+        if item.kind == "set":
+            save_set(out / item.path, pixels, c2w, item.fov)
+        else:
+            save(out / item.path, pixels[0])
     return len(items)
 
 
@@ -174,58 +200,82 @@ def draw_files(items, out, size, device):
 def write(out, *, objects, images, size=128, seed=0, device="cpu"):
     """Render a data set into the folder `out`: `objects` sets and `images` single pictures.
 
-    Files that exist are kept, so a killed run continues where it was, and a data set can grow.
-    Raises UserError if `out` holds a data set of another size or seed, or cannot be written.
+    What exists is kept, so a killed run continues where it was, and a data set can grow. Raises
+    UserError if `out` holds a data set of another size or seed, a larger one or one of an older
+    version, or cannot be written.
     """
     if objects < 0 or images < 0 or size < 1:
         raise UserError("--objects and --images cannot be negative, and --size is at least 1")
     out = Path(out)
-    prepare_folder(out, {"size": size, "seed": seed})
-    items = plan("set", objects, seed) + plan("image", images, seed)
-    missing = [item for item in items if not (out / item.file).exists()]
+    sets = plan("set", objects, seed)
+    singles = plan("image", images, seed)
+    items = sets + singles
+    prepare_folder(out, {"size": size, "seed": seed}, items)
+    missing = [item for item in items if not (out / item.path).exists()]
 
     on_cpu = torch.device(device).type == "cpu"
     batches = in_batches(missing, on_cpu)
     draw = functools.partial(draw_files, out=out, size=size, device=device)
-    bar = tqdm(total=len(items), initial=len(items) - len(missing), unit="file")
+    bar = tqdm(total=len(items), initial=len(items) - len(missing), unit="item")
     with make_pool(on_cpu) as pool, bar:
         for done in pool.map(draw, batches):
             bar.update(done)
 
-    lines = [json.dumps(item.index_entry()) + "\n" for item in items]
-    write_atomic(out / "index.jsonl", "".join(lines).encode())
+    wordings = {item.name: item.captions for item in sets}
+    write_atomic(out / "sets/captions.json", json.dumps(wordings).encode())
+    rows = [{"file_name": f"{item.name}.png", "captions": item.captions} for item in singles]
+    lines = [json.dumps(row) + "\n" for row in rows]
+    write_atomic(out / "images/metadata.jsonl", "".join(lines).encode())
 
 
-def prepare_folder(out, settings):
-    """Make the folders, and settings.json, or check that those there are the same settings."""
+def prepare_folder(out, settings, items):
+    """Check what is in `out`, make the folders and settings.json, and remove what is half written.
+
+    Nothing may be there that is none of the Items, since it would have no caption. Raises
+    UserError, and then has changed nothing.
+    """
+    file = out / "settings.json"
+    content = json.dumps(settings).encode()
+    if (out / "index.jsonl").exists():
+        raise UserError(
+            f"{out} was made by an older version of mvd (index.jsonl): choose another --out")
+    if file.exists() and file.read_bytes() != content:
+        raise UserError(
+            f"{out} holds pictures of another size or seed than {settings}: choose another --out")
+    planned = {out / item.path for item in items}
+    for path in [*out.glob("sets/[!.]*"), *out.glob("images/[!.]*.png")]:
+        if path not in planned and path.name != "captions.json":
+            raise UserError(
+                f"{path} is none of so many --objects and --images: "
+                "ask for more, or choose another --out")
     try:
         for folder in ("sets", "images"):
             (out / folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
             f"cannot write to {out}: {error.strerror}; choose another --out") from error
-    file = out / "settings.json"
     if not file.exists():
-        write_atomic(file, json.dumps(settings).encode())
-    elif json.loads(file.read_text()) != settings:
-        raise UserError(
-            f"{out} holds pictures of another size or seed than {settings}: choose another --out")
+        write_atomic(file, content)
+    for leftover in [*out.glob("sets/.*.tmp"), *out.glob("images/.*.tmp")]:
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
 
 
 def in_batches(items, on_cpu):
     """Lists of Items of one kind and pair, each as long as is drawn well at once."""
     if on_cpu:
-        most = {"sets": 1, "images": 16}
+        most = {"set": 1, "image": 16}
     else:
-        most = {"sets": 32, "images": 512}
+        most = {"set": 32, "image": 512}
     groups = {}
     for item in items:
-        folder, _ = item.file.split("/")
-        groups.setdefault((folder, item.pair), []).append(item)
+        groups.setdefault((item.kind, item.pair), []).append(item)
     batches = []
-    for (folder, _), group in groups.items():
-        for i in range(0, len(group), most[folder]):
-            batches.append(group[i:i + most[folder]])
+    for (kind, _), group in groups.items():
+        for i in range(0, len(group), most[kind]):
+            batches.append(group[i:i + most[kind]])
     return batches
 
 

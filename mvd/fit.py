@@ -1,0 +1,247 @@
+"""The training loop: steps of AdamW on a module, with an average of its weights.
+
+It trains on one device or, started by torchrun, on many: each process makes its part of a step's
+batch, and the gradient is averaged before the update. On a GPU the two parts of a step, gradients
+and update, are CUDA graphs. The loop logs, draws pictures, writes checkpoints, and ends between two
+steps when it is told to.
+"""
+import contextlib
+import functools
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from . import diffusion
+from .data import Dice, Plan
+from .tools import cli, parallel, run
+from .tools.device import GraphedStep, load_optimizer, side_stream
+from .tools.errors import UserError
+from .tools.optimizer import Rounded, Vector, adamw, exchanged, learning_rate, set_rates
+from .tools.progress import QUARTERS, Progress
+
+LOG_EVERY = 100
+# So many steps in a row whose loss is not finite stop a run.
+MOST_FAILURES = 10
+# Beside the signals' numbers, as the code of a process: it cannot go on.
+PROBLEM = 99
+
+
+# ---- what is trained, and its steps ----------------------------------------------------------
+
+@dataclass
+class Phase:
+    """What one run of the loop trains."""
+    name: str         # "vae" or "unet"
+    module: torch.nn.Module
+    loss: object      # loss(kind, dice, *batch) -> (errors [n], time steps [n] or None)
+    plan: Plan
+    stream: object    # yields what each batch needs, as `data.feed` does
+    peak_lr: float
+    first: int        # steps of earlier phases, for the log
+    show: object      # show(step) draws pictures, with the averaged weights in place
+    names: dict       # {kind: its name in the log}
+    more: object = dict   # more() -> what else a checkpoint holds
+    rows: tuple = None    # (a table, which of its rows learn, bool [rows, 1]); None: all learn
+    share: object = None  # share(views per second) -> the share of the device's speed
+
+
+class Steps:
+    """A phase's weights, and the two parts of a step: gradients of batches, and the update.
+
+    On a GPU each is a CUDA graph, so nothing here may wait for the device.
+    """
+
+    def __init__(self, phase, s, device):
+        self.phase, self.s, self.device = phase, s, device
+        self.vector = Vector(phase.module, spare=2 * QUARTERS)
+        self.skip = torch.zeros((), device=device)
+        groups = [([self.vector.theta], phase.peak_lr, 0.01)]
+        self.optimizer = adamw(groups, betas=(0.9, 0.99), skip=self.skip)
+        self.in_bfloat16 = Rounded(phase.module)
+        # The number of the step, the average's renewal, failures in a row and the most of them:
+        # where graphs read and write.
+        self.step = torch.zeros((), dtype=torch.int64, device=device)
+        self.renewal = torch.zeros((), device=device)
+        self.failures = torch.zeros((), device=device)
+        self.most_failures = torch.zeros((), device=device)
+        pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self.gradients = {}
+        for kind in phase.plan.shares:
+            add = functools.partial(self.add_gradient, kind)
+            self.gradients[kind] = GraphedStep(add, device, pool)
+        self.update = GraphedStep(self.plain_update, device, pool)
+        self.start = phase.rows and phase.rows[0].detach().clone()
+
+    def add_gradient(self, kind, places, *batch):
+        """Add the gradient of one batch, at `places` [n] of the step's batch."""
+        dice = Dice(self.s.seed, self.step, places)
+        with self.in_bfloat16:
+            errors, t = self.phase.loss(kind, dice, *batch)
+            (errors.mean() / self.s.accumulate).backward()
+        quarter = torch.zeros_like(places) if t is None else t * QUARTERS // diffusion.NUM_TIMESTEPS
+        sums, counts = self.vector.spare.split(QUARTERS)
+        sums.index_add_(0, quarter, errors.detach())
+        counts.index_add_(0, quarter, torch.ones_like(errors))
+
+    def plain_update(self):
+        """Average the gradient over all processes, clip it, step: what `Progress` sums.
+
+        If a number is not finite, nothing changes but the count of such failures.
+        """
+        vector = self.vector
+        parallel.average(vector.gradient)
+        norm = vector.theta.grad.norm()
+        measured = torch.cat([vector.spare, norm[None]])
+        finite = measured.isfinite().all()
+        self.skip.copy_(~finite)
+        self.failures.copy_((self.failures + 1) * self.skip)
+        self.most_failures.copy_(torch.maximum(self.most_failures, self.failures))
+        vector.theta.grad *= (1 / norm.clamp(min=1e-6)).clamp(max=1)
+        self.optimizer.step()
+        if self.phase.rows:
+            table, learn = self.phase.rows
+            with torch.no_grad():
+                table.copy_(torch.where(learn, table, self.start))
+        vector.average.lerp_(vector.theta.detach(), self.renewal * finite)
+        vector.gradient.zero_()
+        return torch.cat([measured.nan_to_num(0, 0, 0) * finite, self.skip[None]])
+
+    def set(self, step):
+        """Say which step comes: 0..plan.steps - 1."""
+        phase, s = self.phase, self.s
+        self.step.fill_(phase.first + step)
+        self.rate = learning_rate(step, phase.plan.steps, phase.peak_lr)
+        set_rates(self.optimizer, self.rate)
+        # A young average follows the weights: its decay begins at 0.1 and grows to s.ema.
+        self.renewal.fill_(max(1 - s.ema, 9 / (10 + step)))
+
+    def take(self, kind, parts):
+        """One step from its batches, each a tuple (places, …): what `plain_update` returns."""
+        for part in parts:
+            on_device = [tensor.to(self.device, non_blocking=True) for tensor in part]
+            self.gradients[kind](*on_device)
+        return self.update()
+
+    def state_dict(self):
+        return {
+            "theta": self.vector.theta.detach(),
+            "average": self.vector.average,
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state):
+        with torch.no_grad():
+            self.vector.theta.copy_(state["theta"])
+        self.vector.average.copy_(state["average"])
+        load_optimizer(self.optimizer, state["optimizer"])
+
+    @contextlib.contextmanager
+    def averaged(self):
+        """Within this context the module computes with the average of its weights."""
+        eager = contextlib.nullcontext()
+        if self.s.compile and self.device.type == "cuda":
+            eager = torch.compiler.set_stance("force_eager")
+        with exchanged(self.vector.theta, self.vector.average), self.in_bfloat16, eager:
+            yield
+
+
+def fit(phase, model, s, out, state=None):
+    """The loop of a phase; afterwards phase.module holds the average of its weights.
+
+    s: TrainSettings; state: a checkpoint of this phase to go on from.
+    """
+    device, plan = model.device, phase.plan
+    steps, start, saved = Steps(phase, s, device), 0, None
+    if state:
+        start = saved = state["step"]
+        steps.load_state_dict(state)
+    progress = Progress(phase.names, device, phase.share)
+    stream = phase.stream(start)
+
+    def save(done):
+        nonlocal saved
+        saved = done
+        if parallel.is_first():
+            held = {**steps.state_dict(), **phase.more()}
+            run.save_checkpoint(out / run.CHECKPOINT, {"phase": phase.name, "step": done, **held})
+
+    def end(done, code):
+        if parallel.is_first():
+            print(f"interrupted in phase {phase.name} after {done} of {plan.steps} steps")
+            print(run.GO_ON)
+        raise cli.interruption(code)
+
+    with cli.interrupt_flag() as interrupted, side_stream(device):
+        steps_left = range(start, plan.steps)
+        for step in tqdm(
+            steps_left, initial=start, total=plan.steps, desc=phase.name,
+            disable=not parallel.is_first(),
+        ):
+            parts, code = next_parts(plan, step, stream, interrupted.code)
+            if code:
+                save(step)
+                end(step, code)
+            steps.set(step)
+            kind, done = plan.kinds[step], step + 1
+            progress.add(kind, steps.take(kind, parts), plan.views[kind])
+            last = done == plan.steps
+            if done % MOST_FAILURES == 0 or last:
+                stop_if_lost(steps.most_failures.item(), phase, saved, out)
+            if parallel.is_first() and (done % LOG_EVERY == 0 or last):
+                place = dict(phase=phase.name, step=phase.first + done)
+                run.log(out / "log.jsonl", **place, lr=steps.rate, **progress.take())
+            with progress.pause():
+                if done % s.sample_every == 0 or (last and plan.steps > s.sample_every):
+                    if parallel.is_first():
+                        with steps.averaged():
+                            phase.show(phase.first + done)
+                if done % s.save_every == 0 or last:
+                    save(done)
+        code = parallel.worst(interrupted.code)
+        if code:
+            end(plan.steps, code)
+    steps.vector.theta.data.copy_(steps.vector.average)
+
+
+def next_parts(plan, step, stream, code):
+    """Fetch a step's batches: [(places, …), …], and the largest code of all processes.
+
+    code: the number of a signal that came, or 0. If any process has no data, all end.
+    """
+    parts, problem = [], None
+    try:
+        for part in range(plan.accumulate):
+            parts.append((plan.examples(plan.kinds[step], part), *next(stream)))
+    except UserError as error:
+        problem = error
+    code = parallel.worst(PROBLEM if problem else code)
+    if code == PROBLEM:
+        parallel.together(lambda: fail(problem))
+    return parts, code
+
+
+def fail(problem):
+    """Raise the problem, if it is one."""
+    if problem:
+        raise problem
+
+
+def stop_if_lost(failures, phase, saved, out):
+    """Raise UserError if the last steps were all skipped, because a number was not finite.
+
+    saved: the step of the last checkpoint, None if there is none.
+    """
+    if failures < MOST_FAILURES:
+        return
+    good = "there is no checkpoint yet"
+    if (out / run.CHECKPOINT).exists():
+        good = f"the last good checkpoint is {out / run.CHECKPOINT}, of step {saved}"
+        if saved is None:
+            good = f"the last good checkpoint is {out / run.CHECKPOINT}, of the phase before"
+    problem = UserError(
+        f"phase {phase.name}: the loss or its gradient was not finite in {failures:.0f} steps in a "
+        f"row; these steps changed nothing, and {good}; try a lower learning rate, or look at the "
+        "data with python -m mvd.data"
+    )
+    parallel.together(lambda: fail(problem))
