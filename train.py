@@ -65,7 +65,7 @@ LARGEST = 256
 class TrainSettings:
     """The flags; a preset (`presets.py`) or --init changes some defaults."""
     data: str = setting(
-        "", "folder of python -m mvd.toyworld, its sets and its images; data/toy, if nothing is named"
+        "", "folder of python -m mvd.toyworld: sets and images; data/toy, if no data is named"
     )
     objects: tuple = setting((), "rendered objects: folders, tar files or patterns")
     images: tuple = setting((), "captioned images: folders, tar shards or patterns")

@@ -83,7 +83,8 @@ class FromMemory:
         # Which object each view belongs to, [P]; an image is alone.
         owner = torch.zeros(len(held.views), dtype=torch.int64, device=device)
         counts = self.first_set.diff()
-        owner[self.sets] = torch.arange(len(counts), device=device).repeat_interleave(counts)[:, None]
+        numbers = torch.arange(len(counts), device=device)
+        owner[self.sets] = numbers.repeat_interleave(counts)[:, None]
         self.owner = {"objects": owner, "images": torch.arange(len(held.images), device=device)}
         suffix = model.config.suffix
         self.tokens = {}

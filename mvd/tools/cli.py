@@ -57,9 +57,9 @@ def parse(cls, argv=None, description=None, defaults=None):
     """An instance of the dataclass `cls`, filled from the command line.
 
     A field `learning_rate: float` becomes --learning-rate. Types: str, int, float, bool (--flag,
-    --no-flag), tuple (several texts), or one of them or None. defaults(flags) -> (where they stand, {field: value}): what
-    replaces the dataclass's own defaults, given the texts of the flags so far. A mistake ends in
-    one line on stderr and exit status 2.
+    --no-flag), tuple (several texts), or one of them or None. defaults(flags) -> (where they stand,
+    {field: value}): what replaces the dataclass's own defaults, given the texts of the flags so
+    far. A mistake ends in one line on stderr and exit status 2.
     """
     values = own_defaults(cls)
     if defaults:
