@@ -1,4 +1,5 @@
 """Rendered objects in every layout: the same cameras and pictures, whoever wrote the files."""
+import json
 import multiprocessing
 import os
 import pickle
@@ -312,6 +313,33 @@ def test_a_view_that_looks_elsewhere_is_left_out(tmp_path):
     write(tmp_path / "x", layout_files("zero123", 0, c2w=c2w))
     rendered = check(found_in(tmp_path)[0], 0, 0, [0, 1, 2, 4, 5, 6, 7])
     assert [name for name, _ in rendered.left_out] == ["003"]
+
+
+def test_an_inverse_that_looks_at_a_point_is_left_out_among_others(tmp_path):
+    """Round a point below the origin both readings look at a point: the likelier one counts."""
+    for seed in range(2):
+        write(tmp_path / f"{seed}", layout_files("zero123", seed))
+    lowered = cameras(1, even=False)
+    lowered[:, 2, 3] -= 0.6
+    write(tmp_path / "2", layout_files("zero123", 1, c2w=lowered))
+    objects, _ = found_in(tmp_path)
+    error = objects.read(2).c2w.numpy() - cameras(1, even=False)
+    assert np.abs(error).max() < 1e-5, "the same cameras, rightly written, are not read"
+    wrong = np.linalg.inv(convention(lowered, opencv=True))
+    write(tmp_path / "2", layout_files("zero123", 1, c2w=wrong))
+    with pytest.raises(BadMember, match="look like camera-to-world, OpenCV"):
+        objects.read(2)
+
+
+def test_a_view_whose_lens_cannot_be_is_left_out(tmp_path):
+    files = layout_files("trellis", 0)
+    content = json.loads(files["transforms.json"])
+    content["frames"][3]["fl_x"] = 0.5  # in units of the width
+    write(tmp_path / "x", files | {"transforms.json": json.dumps(content).encode()})
+    rendered = check(found_in(tmp_path)[0], 0, 0, [0, 1, 2, 4, 5, 6, 7])
+    assert np.allclose(rendered.fov, 40), "fields of view of other views"
+    (name, reason), = rendered.left_out
+    assert name == "003.png" and "field of view" in reason
 
 
 def test_half_a_picture_is_found_when_it_is_decoded(tmp_path):

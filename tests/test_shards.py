@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import tarfile
+from pathlib import Path
 
 import pytest
 
@@ -203,6 +204,26 @@ def test_random_damage_raises_nothing_else(tmp_path):
         path.write_bytes(content[:dice.randrange(len(content))])
         for name, offset, size in tar_members(path, []):
             assert len(read_range(path, offset, size)) == size
+
+
+def test_a_tar_that_was_replaced_is_read_anew_once_it_is_listed_again(tmp_path):
+    path = tmp_path / "a.tar"
+    for content in b"first", b"second":
+        write_tar(tmp_path / "new.tar", {"a.txt": content})
+        os.replace(tmp_path / "new.tar", path)
+        (_, offset, size), = tar_members(path)
+        assert read_range(str(path), offset, size) == content, "read from the file that was there"
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+def test_only_a_few_files_stay_open(tmp_path):
+    before = len(os.listdir("/proc/self/fd"))
+    for number in range(200):
+        path = tmp_path / str(number)
+        path.write_bytes(b"%03d" % number)
+        assert read_range(str(path), 1, 2) == b"%02d" % (number % 100)
+    more = len(os.listdir("/proc/self/fd")) - before
+    assert more <= 64, f"{more} files are open"
 
 
 def test_a_range_that_is_not_there_is_bad(tmp_path):

@@ -9,6 +9,7 @@ transparent.
 """
 import contextlib
 import io
+import math
 import warnings
 
 import numpy as np
@@ -117,10 +118,10 @@ def scaled(picture, box, size):
         picture = picture.resize((size, size), kernel, reducing_gap=3.0)
     elif side > size:
         picture = picture.reduce(side // size)
-    pixels = np.asarray(picture).transpose(2, 0, 1)
     planes = np.empty((4, size, size), np.uint8)
     planes[3] = 255
-    planes[:len(pixels)] = pixels
+    for plane, band in zip(planes, picture.split()):
+        plane[:] = np.asarray(band)
     if picture.mode == "RGBa":
         divide_by_alpha(planes)
     return planes
@@ -157,10 +158,9 @@ def decode_image(content, size):
 def square(shape, centre=None):
     """The square of the shorter side of (width, height) round a point (x, y), or the middle."""
     side = min(shape)
-    middle = centre or (shape[0] / 2, shape[1] / 2)
-    corner = np.array(middle) - side / 2
+    x, y = centre or (shape[0] / 2, shape[1] / 2)
     # Rounded; half a pixel is rounded down.
-    left, top = (int(value) for value in np.ceil(corner - 0.5))
+    left, top = math.ceil(x - side / 2 - 0.5), math.ceil(y - side / 2 - 0.5)
     return left, top, left + side, top + side
 
 

@@ -144,7 +144,7 @@ def finder(node):
     known = {}
 
     def find(path):
-        folder, name = posixpath.split(path)
+        folder, _, name = path.rpartition("/")
         if folder not in known:
             try:
                 known[folder] = listing(folder_in(node, folder))[0]
@@ -335,7 +335,6 @@ def read_views(node):
         views, left_out = stacked_views(node, files)
     else:
         views, left_out = paired_views(node, pairing_of(files, folders))
-    views.sort(key=lambda view: natural(view.name))
     finite = np.isfinite([view.matrix for view in views]).reshape(-1, 16).all(1)
     for view, fine in zip(views, finite):
         if not fine:
@@ -365,6 +364,8 @@ def transform_views(node, lists):
                     lens, assumed = {**lens, **MATRIX_LENS}, True
                 views.append(View(
                     frame.file, picture, matrix, lens, assumed, mask, frame.background))
+    if len(lists) > 1:
+        views.sort(key=lambda view: natural(view.name))
     return views, left_out
 
 
@@ -380,7 +381,7 @@ def paired_views(node, pairing):
     if pairing.read is matrix_of:
         lens, usual_lens = intrinsics(node), MATRIX_LENS
     views, left_out = [], []
-    for name in names:
+    for name in sorted(names, key=natural):
         try:
             picture = only(pairing.pictures.get(name), "picture")
             camera = only(pairing.cameras.get(name), "camera file")

@@ -13,7 +13,7 @@ import sys
 import weakref
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import NamedTuple
 
 import torch
@@ -168,21 +168,27 @@ class Examples(Dataset):
         camera = torch.empty(n, views, 16) if kind == "objects" else None
         batch = Batch(kind, rgba, camera, captions=[], items=[], left_out=[], tried=0)
         fill = self.fill_object if kind == "objects" else self.fill_image
-        for k, (items, wording, first) in enumerate(self.draw(kind, torch.tensor(positions))):
+        for k, (item, wording, first) in enumerate(self.draw(kind, torch.tensor(positions))):
+            items = chain([item], self.others(kind, positions[k]))
             item, captions = self.take_usable(fill, items, batch, k, first)
             batch.items.append(item)
             batch.captions.append(captions[int(wording * len(captions))])
         return batch
 
     def draw(self, kind, positions):
-        """What is random, for each place: (the items to try in turn, two numbers in [0, 1))."""
+        """What is random, for each place: (the item, two numbers in [0, 1))."""
         chosen = self.chosen[kind]
         dice = Dice(self.seed, kind, positions)
-        first = items_at(len(chosen), hashed(self.seed, kind), positions)
-        others = dice.uniform("others", (ATTEMPTS - 1,)).double() * len(chosen)
-        items = chosen[torch.cat([first[:, None], others.long()], 1)]
+        items = chosen[items_at(len(chosen), hashed(self.seed, kind), positions)]
         drawn = items, dice.uniform("wording"), dice.uniform("first view")
         return zip(*(values.tolist() for values in drawn))
+
+    def others(self, kind, position):
+        """The items to try in turn at a place whose own one cannot be used."""
+        chosen = self.chosen[kind]
+        dice = Dice(self.seed, kind, torch.tensor([position]))
+        places = dice.uniform("others", (ATTEMPTS - 1,))[0].double() * len(chosen)
+        yield from chosen[places.long()].tolist()
 
     def take_usable(self, fill, items, batch, k, first):
         """Fill example k with the first of the items that can be used: (item, its captions).
@@ -195,7 +201,7 @@ class Examples(Dataset):
             if captions:
                 return item, captions
         raise UserError(
-            f"of the {batch.kind}, {len(items)} in a row cannot be used: "
+            f"of the {batch.kind}, {ATTEMPTS} in a row cannot be used: "
             f"{listed(batch.left_out[known:])}; look at them with `python -m mvd.data`")
 
     def fill_image(self, item, batch, k, _):

@@ -122,20 +122,20 @@ def usable_views(views, convention, left_out):
     matrices do not look as if they were of this convention.
     """
     fov = fields_of_view(views, left_out)
+    views = [views[k] for k in fov]
+    fov = np.array(list(fov.values()))
     try:
-        matrices, numbers, reasons = poses.usable([views[k].matrix for k in fov])
+        matrices, numbers, reasons = poses.usable([view.matrix for view in views])
     except BadMember as problem:
-        names = [views[k].name for k in fov]
-        name, reason = (*left_out, *((name, problem) for name in names), ("", "it has none"))[0]
+        left_out += [(view.name, str(problem)) for view in views]
+        name, reason = left_out[0] if left_out else ("", "it has none")
         raise BadMember(f"none of its views can be used: {name}: {reason}") from None
     c2w, away = poses.taken_as(matrices, convention)
-    places = np.array(list(fov))
-    for place, reason in reasons.items():
-        left_out.append((views[places[place]].name, reason))
-    for place in places[numbers[away]]:
-        left_out.append((views[place].name, "its camera does not look at what the others look at"))
-    good = places[numbers[~away]].tolist()
-    return [views[k] for k in good], c2w[~away], np.array([fov[k] for k in good])
+    left_out += [(views[k].name, reason) for k, reason in reasons.items()]
+    for k in numbers[away]:
+        left_out.append((views[k].name, "its camera does not look at what the others look at"))
+    good = numbers[~away]
+    return [views[k] for k in good], c2w[~away], fov[good]
 
 
 def fields_of_view(views, left_out):

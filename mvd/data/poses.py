@@ -95,8 +95,7 @@ def to_c2w(matrices, convention):
     matrices [..., 3 or 4, 4] of the convention. Raises BadMember as `checked` does, for all
     matrices together: give one at a time to know which.
     """
-    as_written, inverted = both_ways(checked(matrices))
-    c2w = inverted if convention.inverse else as_written
+    c2w = converted(checked(matrices), convention.inverse)
     return c2w * OTHER_AXES if convention.opencv else c2w
 
 
@@ -104,14 +103,12 @@ def to_c2w(matrices, convention):
 OTHER_AXES = np.array([1, -1, -1, 1])
 
 
-def both_ways(matrices):
-    """Matrices that `checked` has returned, and their inverses; rotations orthonormal."""
-    u, _, v = np.linalg.svd(matrices[..., :3, :3])
-    rotation = u @ v
-    as_written, inverted = matrices.copy(), np.linalg.inv(matrices)
-    as_written[..., :3, :3] = rotation
-    inverted[..., :3, :3] = rotation.swapaxes(-1, -2)
-    return as_written, inverted
+def converted(matrices, inverse):
+    """Matrices that `checked` has returned, or their inverses; rotations orthonormal."""
+    c2w = np.linalg.inv(matrices) if inverse else matrices.copy()
+    u, _, v = np.linalg.svd(c2w[..., :3, :3])
+    c2w[..., :3, :3] = u @ v
+    return c2w
 
 
 def usable(matrices):
@@ -166,13 +163,18 @@ def nearest_point(c2w):
         point = np.linalg.solve(curvature + TO_ORIGIN * np.eye(3), weights @ foot)
         offset = position - point
         squared = (offset ** 2).sum(1)
-        distance = np.sqrt(np.sort(squared)[len(squared) // 2])
+        distance = np.sqrt(median(squared))
         if np.abs(point - before).max() <= 1e-9 * distance:
             break
         miss = np.sqrt(np.maximum(squared - (offset * backward).sum(1) ** 2, 0))
         # Below 2% all lines count alike, as in least squares.
         weights = 1 / np.maximum(miss, 0.02 * distance + 1e-12)
     return point, curvature
+
+
+def median(values):
+    """The middle one of values [n], the larger of two; for so few far quicker than np.median."""
+    return np.sort(values)[len(values) // 2]
 
 
 def facing(c2w, point):
@@ -250,13 +252,14 @@ class Reading(NamedTuple):
     facing: np.ndarray  # [n], the point that they look at
 
 
-def readings(matrices):
+def readings(matrices, ways=(False, True)):
     """{convention: Reading} of the conventions that fit an object's matrices [n, 4, 4].
 
-    matrices: as `usable` returns them.
+    matrices: as `usable` returns them. ways: whether their inverses are taken; both are tried.
     """
     found = {}
-    for inverse, c2w in enumerate(both_ways(matrices)):
+    for inverse in ways:
+        c2w = converted(matrices, inverse)
         # With the other axes they are the same points: a camera looks along the same line.
         points = meeting_points(c2w)
         cosines = [facing(c2w, point) for point in points]
@@ -267,7 +270,7 @@ def readings(matrices):
             if best.unlikely < np.inf:
                 if opencv:
                     best = best._replace(c2w=c2w * OTHER_AXES)
-                found[Convention(bool(inverse), opencv)] = best
+                found[Convention(inverse, opencv)] = best
     return found
 
 
@@ -278,15 +281,22 @@ def taken_as(matrices, convention):
     look at, or stand on it: after `recognise` these are views with a wrong matrix. Raises
     BadMember if most look at nothing, or if the matrices are clearly of another convention.
     """
-    found = readings(matrices)
-    if not found:
+    way = convention.inverse
+    found = readings(matrices, [way])
+    if convention in found:
+        reading = found[convention]
+        # The inverses' up axes are rows. Mostly their roll alone makes them less likely.
+        least = {**costs_of(found), None: roll_of(reading.c2w[:, 1, :3])}
+        if convention in like_best(least):
+            return reading.c2w, reading.facing < ASTRAY
+    costs = costs_of(found | readings(matrices, [not way]))
+    if not costs:
         raise BadMember("its cameras do not look at one point, however its matrices are read")
-    costs = costs_of(found)
     if convention not in like_best(costs):
         likeliest = min(costs, key=costs.get)
         raise BadMember(
             f"its matrices look like {likeliest}; those of the other objects are {convention}")
-    return found[convention].c2w, found[convention].facing < ASTRAY
+    return reading.c2w, reading.facing < ASTRAY
 
 
 def costs_of(found):
@@ -300,12 +310,18 @@ def unlikely(c2w, point, cosine):
     errors of aim, in radians, and with roll. cosine [n]: as `facing` has it."""
     if (cosine > AIMED).mean() < MOST_VIEWS:
         return np.inf
-    distance = np.median(np.linalg.norm(c2w[:, :3, 3] - point, axis=1))
+    distance = median(np.linalg.norm(c2w[:, :3, 3] - point, axis=1))
     off = np.linalg.norm(point) / distance
-    error = np.arccos(np.clip(cosine, -1, 1)).mean()
-    # Read the wrong way, a turntable's cameras stand still and roll.
-    roll = 1 - np.linalg.norm(c2w[:, :3, 1].mean(0))
-    return off + error + 0.2 * roll
+    error = np.arccos(cosine.clip(-1, 1)).mean()
+    return off + error + roll_of(c2w[:, :3, 1])
+
+
+def roll_of(up):
+    """How unlikely cameras are because they roll: 0 if their up axes [n, 3] agree, up to 0.2.
+
+    Read the wrong way, a turntable's cameras stand still and roll.
+    """
+    return 0.2 * (1 - np.linalg.norm(up.mean(0)))
 
 
 def like_best(found):
@@ -425,8 +441,8 @@ def centre(c2w):
     """
     point, curvature = nearest_point(c2w)
     offset = c2w[:, :3, 3] - point
-    distance = np.median(np.linalg.norm(offset, axis=1))
-    aim = 1 - np.median(facing(c2w, point)) ** 2    # squared sine of the usual error of aim
+    distance = median(np.linalg.norm(offset, axis=1))
+    aim = 1 - median(facing(c2w, point)) ** 2    # squared sine of the usual error of aim
     determined = np.linalg.eigvalsh(curvature)[0] > max(4 * aim, 1e-3)
     if not determined or np.linalg.norm(point) <= 0.02 * distance:
         return c2w

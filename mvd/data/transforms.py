@@ -18,6 +18,7 @@ import json
 import math
 import posixpath
 import re
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,9 +83,9 @@ class Frame(NamedTuple):
 ACROSS = ["fl_x", "camera_angle_x", "x_fov"]
 DOWN = ["fl_y", "camera_angle_y", "y_fov"]
 SIZES = ["w", "h", "cx", "cy"]
-DISTORTION = ["k1", "k2", "k3", "k4", "p1", "p2"]
+DISTORTION = {"k1", "k2", "k3", "k4", "p1", "p2"}
 KINDS = {*ACROSS, *DOWN}
-LENS = KINDS.union(SIZES, DISTORTION)
+LENS = KINDS | DISTORTION | {*SIZES}
 
 
 def read_transforms(content, exists=None):
@@ -220,16 +221,14 @@ def is_number(value):
 
 
 def matrix_of(value):
-    """4 rows of 4 floats; a fourth row is added to three."""
+    """4 rows of 4 numbers; a fourth row is added to three."""
     if value is None:
         raise BadMember("transform_matrix is missing")
     rows = value if isinstance(value, list) else []
-    shaped = len(rows) in (3, 4) and all(isinstance(r, list) and len(r) == 4 for r in rows)
-    if not shaped:
+    if [isinstance(row, list) and len(row) for row in rows] not in ([4] * 3, [4] * 4):
         raise BadMember("transform_matrix is not 3 or 4 rows of 4 numbers")
-    if not all(is_number(x) for row in rows for x in row):
+    if not all(map(is_number, chain.from_iterable(rows))):
         raise BadMember("transform_matrix holds NaN, infinity or what is no number")
-    rows = [list(map(float, row)) for row in rows]
     return rows if len(rows) == 4 else rows + [[0.0, 0.0, 0.0, 1.0]]
 
 
@@ -254,7 +253,7 @@ def lens_of(entry):
 
 
 # Lenses that are no pinholes, by a part of their names.
-NO_PINHOLES = ["fisheye", "equirect", "omni", "vr180", "ftheta", "latlong"]
+NO_PINHOLE = re.compile("fisheye|equirect|omni|vr180|ftheta|latlong")
 # The most that a lens may move the middle of a side, as a share of its way from the centre.
 MOST_DISTORTION = 0.05
 
@@ -267,16 +266,18 @@ def check_model(entry):
     model = str(entry.get("camera_model", "")).lower()
     if entry.get("ortho_scale") is not None or "ortho" in model:
         raise BadMember("the camera is orthographic")
-    if any(part in model for part in NO_PINHOLES) or entry.get("is_fisheye") is True:
+    if NO_PINHOLE.search(model) or entry.get("is_fisheye") is True:
         raise BadMember(DISTORTED)
 
 
 def check_distortion(lens):
     """Raise BadMember if a lens is no pinhole, nearly, by its numbers."""
-    # k1, …: a point at r from the axis, in focal lengths, is seen at r (1 + k1 r² + k2 r⁴ + …).
     fov = None
-    if {"w", "h"} <= lens.keys():
+    if "w" in lens and "h" in lens:
         fov = fov_of(lens, lens["w"], lens["h"])
+    if DISTORTION.isdisjoint(lens):
+        return
+    # k1, …: a point at r from the axis, in focal lengths, is seen at r (1 + k1 r² + k2 r⁴ + …).
     r = math.tan(math.radians(fov or 50) / 2)
     radial = [lens.get(f"k{i}", 0) * r ** (2 * i) for i in range(1, 5)]
     sideways = 3 * r * (abs(lens.get("p1", 0)) + abs(lens.get("p2", 0)))
