@@ -51,6 +51,8 @@ RENDERED_SHARE = 0.75
 MOST_HELD_OUT = 32
 # How often each of these is noised for that.
 VALIDATIONS = 4
+# So many pictures are read without other processes.
+FEW_PICTURES = 5000
 # So many new words are listed.
 MOST_WORDS = 100
 # The share of the free memory that pictures and latents may take.
@@ -71,7 +73,7 @@ class TrainSettings:
     images: tuple = setting((), "captioned images: folders, tar shards or patterns")
     captions: tuple = setting((), "tables of the objects' captions that lie elsewhere (csv, json)")
     background: str = setting(
-        "", "what is behind objects whose pictures have no alpha: white, black, grey"
+        "", "what is behind objects whose pictures have no alpha: white, black, grey or r,g,b"
     )
     bound: float = setting(
         30.0, "degrees that a view of a set may be off its place on an even orbit", min=0, max=180
@@ -231,7 +233,7 @@ def find_data(s):
 def fits_in_memory(s, found, config, device):
     """Can all pictures, and `copies` latents of each, be held in memory?"""
     side = s.size // 2 ** (len(config.vae.channel_mult) - 1)
-    latents = 2 * 2 * config.vae.z_channels * side**2
+    latents = 2 * 2 * config.vae.z_channels * side**2  # means and deviations, two bytes each
     wanted = sum(f.pictures for f in found) * (4 * s.size**2 + s.copies * latents)
     if s.memory is not None:
         return wanted <= s.memory * 2**30
@@ -245,8 +247,8 @@ def workers_of(s, pictures):
     """How many processes read: none for little, since they take seconds to start."""
     if s.workers is not None:
         return s.workers
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, os.cpu_count() // here - 1) if pictures > 5000 else 0
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, os.cpu_count() // local_ranks - 1) if pictures > FEW_PICTURES else 0
 
 
 def all_captions(objects, images):
@@ -262,6 +264,8 @@ def all_captions(objects, images):
 def held_out(count, seed):
     """Which of `count` objects are held out, and which are learned from: two int64 tensors."""
     number = min(MOST_HELD_OUT, count // 50)
+    if not number:
+        return torch.arange(0), torch.arange(count)
     order = data.items_at(count, data.hashed(seed, "held out"), torch.arange(count))
     return order[:number], order[number:].sort().values
 
@@ -278,10 +282,10 @@ class Training:
         self.logged = set()  # names of what was left out, as far as the log has them
         self.objects, self.images, found = find_data(s)
         self.pictures = sum(f.pictures for f in found)
-        self.listed = [entry for f in found for entry in f.left_out]
-        listed = data.Tally(self.pictures + sum(pictures for *_, pictures in self.listed))
-        listed.add(self.listed, listed.total)
-        self.tally = data.Tally(self.pictures)  # of what is read from now on
+        self.left_out_at_first = [entry for f in found for entry in f.left_out]
+        bad = sum(pictures for *_, pictures in self.left_out_at_first)
+        self.tally = data.Tally(self.pictures + bad)
+        self.tally.add(self.left_out_at_first, self.pictures + bad)
         self.workers = workers_of(s, self.pictures)
         if parallel.is_first():
             for f in found:
@@ -315,13 +319,14 @@ class Training:
                 self.objects, self.images, size=s.size, views=s.views, bound=s.bound,
                 workers=self.workers, progress=bar.update,
             )
-        self.tally.add(self.held.left_out, self.pictures)
+        self.tally.add(self.held.left_out, 0)
         self.check_counts(len(self.held.object_names), len(self.held.image_names))
         return lambda: chain(*self.held.object_captions, *self.held.image_captions)
 
     def open(self):
         """Read from files at every step; a function that gives all captions."""
         self.held = None
+        self.tally = data.Tally(self.pictures)  # of what is read from now on
         self.check_counts(len(self.objects or ()), len(self.images or ()))
         return lambda: all_captions(self.objects, self.images)
 
@@ -339,7 +344,7 @@ class Training:
         self.shares = {kind: x for kind, x in shares.items() if counts[kind] and x}
         if not self.shares:
             raise UserError("the kind of data that --multiview-share asks for is not there")
-        self.held_out, learned = held_out(max(1, objects), s.seed)
+        self.held_out, learned = held_out(objects, s.seed)
         self.learned = {"objects": learned, "images": torch.arange(images)}
 
     def learn_words(self, captions):
@@ -393,7 +398,8 @@ class Training:
         """The run's folder is there: log what was left out while the data was read."""
         rows = run.read_log(self.out / "log.jsonl")
         self.logged = {row["left_out"] for row in rows if "left_out" in row}
-        left_out = [*self.listed, *self.tally.left_out.values()]
+        in_memory = self.held.left_out if self.held else []
+        left_out = self.left_out_at_first + in_memory
         self.log_left_out(left_out)
         if left_out and parallel.is_first():
             print(f"{len(left_out)} left out; {self.out / 'log.jsonl'} names them, with reasons")
@@ -539,7 +545,7 @@ class Training:
         config = self.model.config
         operations = operations_per_view(config, self.s.views, not self.in_memory)
         speed, _ = bench.speeds(self.device, torch.bfloat16)
-        return lambda views: parallel.ranks() ** -1 * views * operations / speed
+        return lambda views: views / parallel.ranks() * operations / speed
 
     def train_unet(self, state):
         """Phase two. With --init the text tower stays as it is, but for words that are new."""

@@ -21,6 +21,8 @@ from .tools.optimizer import Rounded, Vector, adamw, exchanged, learning_rate, s
 from .tools.progress import QUARTERS, Progress
 
 LOG_EVERY = 100
+# What the bar shows of a row of the log.
+ON_BAR = ("multiview", "single", "views_per_s")
 # So many steps in a row whose loss is not finite stop a run.
 MOST_FAILURES = 10
 # Beside the signals' numbers, as the code of a process: it cannot go on.
@@ -54,6 +56,8 @@ class Steps:
 
     def __init__(self, phase, s, device):
         self.phase, self.s, self.device = phase, s, device
+        # Behind the gradient lie the sums of the losses, so that one mean over all processes
+        # serves both.
         self.vector = Vector(phase.module, spare=2 * QUARTERS)
         self.skip = torch.zeros((), device=device)
         groups = [([self.vector.theta], phase.peak_lr, 0.01)]
@@ -71,7 +75,7 @@ class Steps:
             add = functools.partial(self.add_gradient, kind)
             self.gradients[kind] = GraphedStep(add, device, pool)
         self.update = GraphedStep(self.plain_update, device, pool)
-        self.start = phase.rows and phase.rows[0].detach().clone()
+        self.start = phase.rows[0].detach().clone() if phase.rows else None
 
     def add_gradient(self, kind, places, *batch):
         """Add the gradient of one batch, at `places` [n] of the step's batch."""
@@ -152,7 +156,8 @@ def fit(phase, model, s, out, state=None):
     s: TrainSettings; state: a checkpoint of this phase to go on from.
     """
     device, plan = model.device, phase.plan
-    steps, start, saved = Steps(phase, s, device), 0, None
+    steps = Steps(phase, s, device)
+    start, saved = 0, None
     if state:
         start = saved = state["step"]
         steps.load_state_dict(state)
@@ -173,11 +178,11 @@ def fit(phase, model, s, out, state=None):
         raise cli.interruption(code)
 
     with cli.interrupt_flag() as interrupted, side_stream(device):
-        steps_left = range(start, plan.steps)
-        for step in tqdm(
-            steps_left, initial=start, total=plan.steps, desc=phase.name,
+        bar = tqdm(
+            range(start, plan.steps), initial=start, total=plan.steps, desc=phase.name,
             disable=not parallel.is_first(),
-        ):
+        )
+        for step in bar:
             parts, code = next_parts(plan, step, stream, interrupted.code)
             if code:
                 save(step)
@@ -189,8 +194,10 @@ def fit(phase, model, s, out, state=None):
             if done % MOST_FAILURES == 0 or last:
                 stop_if_lost(steps.most_failures.item(), phase, saved, out)
             if parallel.is_first() and (done % LOG_EVERY == 0 or last):
-                place = dict(phase=phase.name, step=phase.first + done)
-                run.log(out / "log.jsonl", **place, lr=steps.rate, **progress.take())
+                row = progress.take()
+                place = dict(phase=phase.name, step=phase.first + done, lr=steps.rate)
+                run.log(out / "log.jsonl", **place, **row)
+                bar.set_postfix({name: f"{row[name]:.3g}" for name in ON_BAR if name in row})
             with progress.pause():
                 if done % s.sample_every == 0 or (last and plan.steps > s.sample_every):
                     if parallel.is_first():

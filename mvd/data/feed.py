@@ -1,9 +1,9 @@
 """Batches for training: from what is held in memory, or from files at every step.
 
-Both ways have the same three methods. `stream` yields, for every batch of the plan, the tensors
-that change from batch to batch; `pictures` makes of them what the autoencoder is trained on, and
-`latents` what the UNet is trained on. The last two are called inside a CUDA graph, so whatever is
-random in them comes from the batch's Dice.
+Both ways have the same methods, of which three count. `stream` yields, for every batch of the
+plan, the tensors that change from batch to batch; `pictures` makes of them what the autoencoder is
+trained on, and `latents` what the UNet is trained on. The last two are called inside a CUDA graph,
+so whatever is random in them comes from the batch's Dice.
 
 kind is "objects" (V views of one object, 3D mode) or "images" (single pictures, 2D mode).
 """
@@ -132,15 +132,15 @@ class FromMemory:
         self.posteriors = {}
         for kind, rgba in self.rgba.items():
             parts = []
-            for copy in range(copies):
-                dice = Dice(self.seed, torch.tensor(copy, device=rgba.device), self.owner[kind])
+            for turn in range(copies):
+                dice = Dice(self.seed, torch.tensor(turn, device=rgba.device), self.owner[kind])
                 grey = dice.uniform(f"grey of {kind}")
                 parts.append(encode_posteriors(self.model.vae, rgba, grey))
             self.posteriors[kind] = torch.stack(parts) if len(rgba) else None
         self.rgba = None
 
     def deviation(self):
-        """The standard deviation of the latents, over all numbers: 1 / the scale of a new model."""
+        """The standard deviation of the latents, of the objects if there are any."""
         means = [p.chunk(2, dim=2)[0] for p in self.posteriors.values() if p is not None]
         return means[0].float().std().item()
 
@@ -153,8 +153,8 @@ class FromMemory:
             which = self.sets[begin + dice.below("first view", end - begin)]  # [B, V]
             camera = self.camera[which]
         posteriors = self.posteriors[kind]
-        copy = dice.below("copy", len(posteriors))[:, None]
-        posterior = posteriors[copy, which]  # [B, V, 2c, h, w]
+        turn = dice.below("copy", len(posteriors))[:, None]
+        posterior = posteriors[turn, which]  # [B, V, 2c, h, w]
         tokens = self.tokens[kind]
         wording = dice.below("wording", tokens.shape[1])
         noise = dice.normal("posterior", (*which.shape[1:], *noise_shape(posterior)))
