@@ -142,8 +142,10 @@ class TrainSettings:
 
 # Defaults with --init, for 256² pixels and weights that know much.
 FROM_INIT = dict(batch=4, lr=1e-5, vae_steps=0, vae_batch=8, vae_lr=1e-4, compile=True)
-# What may be another on --resume; of batch and accumulate only if a step's batch stays the same.
-MAY_CHANGE = ("sample_every", "save_every", "workers", "batch", "accumulate", "memory", "compile")
+# What may be another on --resume; of batches only if a whole step's stays the same.
+MAY_CHANGE = (
+    "sample_every", "save_every", "workers", "batch", "vae_batch", "accumulate", "memory", "compile"
+)
 
 
 def default_settings(flags):
@@ -237,18 +239,22 @@ def fits_in_memory(s, found, config, device):
     wanted = sum(f.pictures for f in found) * (4 * s.size**2 + s.copies * latents)
     if s.memory is not None:
         return wanted <= s.memory * 2**30
-    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / local_ranks()
     if device.type == "cuda":
         free = min(free, torch.cuda.mem_get_info(device)[0])
     return wanted <= MEMORY_SHARE * free
+
+
+def local_ranks():
+    """How many processes of this run share this computer."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def workers_of(s, pictures):
     """How many processes read: none for little, since they take seconds to start."""
     if s.workers is not None:
         return s.workers
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, os.cpu_count() // local_ranks - 1) if pictures > FEW_PICTURES else 0
+    return max(1, os.cpu_count() // local_ranks() - 1) if pictures > FEW_PICTURES else 0
 
 
 def all_captions(objects, images):
@@ -275,12 +281,16 @@ def held_out(count, seed):
 class Training:
     """A run: the model, its data, its folder, and the two phases that train it."""
 
-    def __init__(self, s, device):
-        """Read the data and make the model. s: TrainSettings. Raises UserError."""
-        self.s, self.device = s, device
+    def __init__(self, s, device, sources, in_memory):
+        """Read the data and make the model. Raises UserError.
+
+        s: TrainSettings; sources: from `find_data`; in_memory: is all data held?
+        """
+        self.s, self.device, self.in_memory = s, device, in_memory
         self.out = None  # the run's folder, made when all else is checked
         self.logged = set()  # names of what was left out, as far as the log has them
-        self.objects, self.images, found = find_data(s)
+        self.to_log = []     # what this process has left out since
+        self.objects, self.images, found = sources
         self.pictures = sum(f.pictures for f in found)
         self.left_out_at_first = [entry for f in found for entry in f.left_out]
         bad = sum(pictures for *_, pictures in self.left_out_at_first)
@@ -290,10 +300,6 @@ class Training:
         if parallel.is_first():
             for f in found:
                 print(f.line())
-        config = read_config(s.init) if s.init else PRESETS[s.preset].model
-        self.in_memory = was_in_memory(s)
-        if self.in_memory is None:
-            self.in_memory = fits_in_memory(s, found, config, device)
         captions = self.read() if self.in_memory else self.open()
         self.model = load_model(s, captions(), device)
         self.new_rows = None
@@ -381,7 +387,7 @@ class Training:
             self.objects, self.images, size=s.size, views=s.views, bound=s.bound, seed=s.seed,
             chosen=self.learned,
         )
-        return data.FromFiles(examples, model, self.workers, self.report)
+        return data.FromFiles(examples, model, self.workers, self.count_left_out)
 
     def some_prompts(self):
         """Eight captions, of images if there are any, to draw."""
@@ -400,16 +406,19 @@ class Training:
         self.logged = {row["left_out"] for row in rows if "left_out" in row}
         in_memory = self.held.left_out if self.held else []
         left_out = self.left_out_at_first + in_memory
-        self.log_left_out(left_out)
-        if left_out and parallel.is_first():
-            print(f"{len(left_out)} left out; {self.out / 'log.jsonl'} names them, with reasons")
+        if parallel.is_first():
+            self.to_log = left_out  # all processes have the same
+            if left_out:
+                print(f"{len(left_out)} left out, named in {self.out / 'log.jsonl'}")
+        self.log_left_out()
 
-    def report(self, batch):
-        """Count and log what was left out of a batch. Raises UserError if it is too much."""
-        self.log_left_out(self.tally.add(batch.left_out, batch.tried))
+    def count_left_out(self, batch):
+        """Count what was left out of a batch. Raises UserError if it is too much."""
+        self.to_log += self.tally.add(batch.left_out, batch.tried)
 
-    def log_left_out(self, entries):
-        """Name what was left out, once, in the log."""
+    def log_left_out(self):
+        """Name what any process has left out, once, in the log."""
+        entries, self.to_log = parallel.gathered(self.to_log), []
         for name, reason, _ in entries:
             if name not in self.logged and parallel.is_first():
                 run.log(self.out / "log.jsonl", left_out=name, reason=reason)
@@ -483,7 +492,7 @@ class Training:
         phase = fit.Phase(
             name="vae", module=learning, loss=self.vae_loss, plan=plan,
             stream=lambda start: self.feed.stream(plan, "vae", start), peak_lr=s.vae_lr, first=0,
-            show=self.show_vae, names=NAMES, more=self.more,
+            show=self.show_vae, names=NAMES, more=self.more, report=self.log_left_out,
         )
         fit.fit(phase, self.model, s, self.out, state)
 
@@ -566,7 +575,7 @@ class Training:
             name="unet", module=torch.nn.ModuleList(learning), loss=self.unet_loss, plan=plan,
             stream=lambda start: self.feed.stream(plan, "unet", start), peak_lr=s.lr,
             first=s.vae_steps, show=self.show_samples, names=NAMES, more=self.more, rows=rows,
-            share=self.share_of_speed(),
+            share=self.share_of_speed(), report=self.log_left_out,
         )
         fit.fit(phase, model, s, self.out, state)
 
@@ -621,9 +630,19 @@ def check_settings(s):
         raise UserError("--autoencoder brings a trained one: leave out --vae-steps")
 
 
-def whole_batch(s):
-    """What config.json says beside the flags: the sets of a step, of all processes."""
-    return {"step_batch": s.batch * s.accumulate * parallel.ranks()}
+def resumable(s, training):
+    """What config.json says beside the flags, and what --resume must find again.
+
+    The batches of a whole step, of all processes, and the size of the data.
+    """
+    parts = s.accumulate * parallel.ranks()
+    return {
+        "step_batch": s.batch * parts,
+        "step_vae_batch": s.vae_batch * parts,
+        "in_memory": training.in_memory,
+        "items": [len(items) for items in training.learned.values()],
+        "words": len(training.model.config.text.words),
+    }
 
 
 def earlier_config(out):
@@ -656,9 +675,27 @@ def read_state(s, out):
     return state
 
 
-def prepare(s, device):
+def check_same(lowest, highest, out):
+    """Raise UserError unless all processes go on from the same step."""
+    if lowest != highest:
+        raise UserError(
+            f"the processes have checkpoints of different steps, {lowest} and {highest}; {out} "
+            "must be a folder that all computers share"
+        )
+
+
+def hold_all(s, found, device):
+    """Is all data held in memory? A run that goes on does as it did; processes do the same."""
+    fits = was_in_memory(s)
+    if fits is None:
+        config = read_config(s.init) if s.init else PRESETS[s.preset].model
+        fits = fits_in_memory(s, found, config, device)
+    return not parallel.worst(int(not fits))
+
+
+def prepare(s, device, sources, in_memory):
     """Read the data, make the model: Training. Raises UserError."""
-    training = Training(s, device)
+    training = Training(s, device, sources, in_memory)
     model = training.model
     if s.steps:
         model.config.size = s.size  # what the UNet learns to draw
@@ -675,25 +712,31 @@ def main(argv=None):
     """
     s = cli.parse(TrainSettings, argv, __doc__, default_settings)
     s.resume = s.resume or (parallel.restarted() and run.holds_run(s.out))
-    check_settings(s)
     device = parallel.start(s.device)
     tune_cuda(tf32=True)
-    training = parallel.together(lambda: prepare(s, device))
+    parallel.together(lambda: check_settings(s))
+    sources = parallel.together(lambda: find_data(s))
+    in_memory = hold_all(s, sources[2], device)
+    training = parallel.together(lambda: prepare(s, device, sources, in_memory))
     model = training.model
-    config = {**asdict(s), **whole_batch(s), "in_memory": training.in_memory}
+    config = {**asdict(s), **resumable(s, training)}
     out = parallel.first(lambda: run.open_run(s.out, config, s.resume, may_change=MAY_CHANGE))
     training.out = out
     state = parallel.together(lambda: read_state(s, out))
+    phase = state["phase"]
+    step = state["step"]
+    lowest, highest = -parallel.worst(-step), parallel.worst(step)
+    parallel.together(lambda: check_same(lowest, highest, out))
     if parallel.is_first():
         cli.print_changes(s, *default_settings(s))
     training.begin()
     if "vae" in state:
         model.vae.load_state_dict(state["vae"])
-    if s.vae_steps and state["phase"] != "unet":
-        training.train_vae(state if state["phase"] == "vae" else None)
+    if s.vae_steps and phase != "unet":
+        training.train_vae(state if phase == "vae" else None)
     model.vae.requires_grad_(False)
     if s.steps:
-        training.train_unet(state if state["phase"] == "unet" else None)
+        training.train_unet(state if phase == "unet" else None)
     training.finish()
     if parallel.is_first():
         training.show_page(s.vae_steps + s.steps)

@@ -44,6 +44,7 @@ class Phase:
     show: object      # show(step) draws pictures, with the averaged weights in place
     names: dict       # {kind: its name in the log}
     more: object = dict   # more() -> what else a checkpoint holds
+    report: object = dict  # report() is called in all processes before a line of the log
     rows: tuple = None    # (a table, which of its rows learn, bool [rows, 1]); None: all learn
     share: object = None  # share(views per second) -> the share of the device's speed
 
@@ -161,11 +162,14 @@ def fit(phase, model, s, out, state=None):
     if state:
         start = saved = state["step"]
         steps.load_state_dict(state)
+        state.clear()  # gigabytes of host memory
     progress = Progress(phase.names, device, phase.share)
     stream = phase.stream(start)
 
     def save(done):
         nonlocal saved
+        if done == saved or steps.failures.item():
+            return  # it is saved, or the last good state is older
         saved = done
         if parallel.is_first():
             held = {**steps.state_dict(), **phase.more()}
@@ -177,11 +181,10 @@ def fit(phase, model, s, out, state=None):
             print(run.GO_ON)
         raise cli.interruption(code)
 
+    first = parallel.is_first()
     with cli.interrupt_flag() as interrupted, side_stream(device):
-        bar = tqdm(
-            range(start, plan.steps), initial=start, total=plan.steps, desc=phase.name,
-            disable=not parallel.is_first(),
-        )
+        left = range(start, plan.steps)
+        bar = tqdm(left, phase.name, plan.steps, initial=start, disable=not first)
         for step in bar:
             parts, code = next_parts(plan, step, stream, interrupted.code)
             if code:
@@ -193,21 +196,23 @@ def fit(phase, model, s, out, state=None):
             last = done == plan.steps
             if done % MOST_FAILURES == 0 or last:
                 stop_if_lost(steps.most_failures.item(), phase, saved, out)
-            if parallel.is_first() and (done % LOG_EVERY == 0 or last):
+            if done % LOG_EVERY == 0 or last:
+                phase.report()
                 row = progress.take()
                 place = dict(phase=phase.name, step=phase.first + done, lr=steps.rate)
-                run.log(out / "log.jsonl", **place, **row)
+                if first:
+                    run.log(out / "log.jsonl", **place, **row)
                 bar.set_postfix({name: f"{row[name]:.3g}" for name in ON_BAR if name in row})
             with progress.pause():
-                if done % s.sample_every == 0 or (last and plan.steps > s.sample_every):
-                    if parallel.is_first():
-                        with steps.averaged():
-                            phase.show(phase.first + done)
+                shown = done % s.sample_every == 0 or (last and plan.steps > s.sample_every)
+                if shown and first:
+                    with steps.averaged():
+                        phase.show(phase.first + done)
                 if done % s.save_every == 0 or last:
                     save(done)
-        code = parallel.worst(interrupted.code)
-        if code:
-            end(plan.steps, code)
+    code = parallel.worst(interrupted.code)
+    if code:
+        end(plan.steps, code)
     steps.vector.theta.data.copy_(steps.vector.average)
 
 

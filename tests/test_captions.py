@@ -4,7 +4,8 @@ import json
 import pytest
 from rendered import layout_files, write, write_tar
 
-from mvd.data.captions import Table, captions_from, own_captions, trimmed, wordings
+from mvd.data.captions import (
+    Table, captions_from, cell_texts, own_captions, trimmed, wordings)
 from mvd.data.objects import find_objects
 from mvd.tools.errors import BadMember, UserError
 
@@ -34,6 +35,9 @@ def test_own_files_give_one_wording_per_line():
     found = own_captions(files, files.get)
     assert found == ["a red ball", "a ball, red", "round", "ball"]
     assert own_captions({"captions.json": 0}, lambda _: b'"one text"') == ["one text"]
+    assert own_captions({"captions.json": 0}, lambda _: b'{"captions": ["a", "b"]}') == ["a", "b"]
+    for table in (b'{"0": "a"}', b'[{"uid": "0", "caption": "a"}]'):
+        assert own_captions({"captions.json": 0}, lambda _: table) == []
     assert own_captions({"000.png": 0}, lambda _: b"") == []
     # A separator of lines that only Unicode knows parts no wordings.
     assert own_captions({"caption.txt": 0}, lambda _: "a\u2028b".encode()) == ["a b"]
@@ -67,6 +71,8 @@ def test_cap3d_has_two_columns_without_a_header(tmp_path):
 
 def test_a_comma_that_nobody_quoted_stays_in_the_caption(tmp_path):
     assert read_table(tmp_path, "a.csv", "x,y\n10011,a ball, red\n") == {1: ["a ball, red"]}
+    content = "10011,a ball, red, round\n0/10010,a cube\n"
+    assert read_table(tmp_path, "b.csv", content) == {1: ["a ball, red, round"], 0: ["a cube"]}
 
 
 def test_trellis_has_a_header_and_a_json_list_in_a_cell(tmp_path):
@@ -74,6 +80,21 @@ def test_trellis_has_a_header_and_a_json_list_in_a_cell(tmp_path):
     content = f"sha256,aesthetic_score,captions\nabc,5.5,{cell}\nabd,4,\nabe,4,\"[\"\"cut\"\n"
     names = ["renders/abc", "renders/abd", "renders/abe"]
     assert read_table(tmp_path, "metadata.csv", content, names) == {0: ["a ball", "ball, red"]}
+
+
+@pytest.mark.parametrize("cell, texts", [
+    ("[]", []),
+    ('[ "x", "y"]', ["x", "y"]),
+    ("['x', \"a dog's\"]", ["x", "a dog's"]),
+    ("[photo] a ball", ["[photo] a ball"]),
+    ("[1, 2]", ["[1, 2]"]),
+    ('["cut', []),
+    ("[" * 100_000, ["[" * 100_000]),
+    (" a  ball", ["a ball"]),
+])
+def test_a_cell_may_hold_a_list_as_json_or_python_writes_it(cell, texts):
+    assert cell_texts(cell) == texts
+    assert cell_texts(cell, "z") == [*texts, "z"]
 
 
 @pytest.mark.parametrize("content", [
@@ -91,6 +112,23 @@ def test_json_tables_hold_texts_or_lists(tmp_path):
     content = json.dumps({"0/10010": "a", "1/10010": ["b", "c"], "0/10011": 5, "settings": {}})
     assert read_table(tmp_path, "t.json", content) == {0: ["a"], 2: ["b", "c"]}
     assert read_table(tmp_path, "list.json", '["a"]') == {}
+    content = '{"10011": {"caption": "a", "score": 1}, "1/10010": {"captions": ["b", "c"]}}'
+    assert read_table(tmp_path, "objects.json", content) == {1: ["a"], 2: ["b", "c"]}
+
+
+def test_objects_with_a_key_and_a_caption_may_be_listed(tmp_path):
+    rows = [{"uid": "10011", "caption": "a"}, {"path": "1/10010.glb", "text": ["b", "c"]},
+            {"uid": "0/10010"}, {"uid": 5, "caption": "d"}]
+    lines = [json.dumps(row) for row in rows]
+    expected = {1: ["a"], 2: ["b", "c"]}
+    assert read_table(tmp_path, "t.json", f"[{','.join(lines)}]") == expected
+    assert read_table(tmp_path, "t.jsonl", "\r\n".join(lines) + "\n\n") == expected
+    for name, content in (("t.json", '[{"caption": "a"}]'), ("t.jsonl", '{"caption": "a"}\n')):
+        with pytest.raises(UserError, match=f"{name}: its captions do not say of what"):
+            read_table(tmp_path, name, content)
+    assert read_table(tmp_path, "t.json", '[{"size": 5}, 7]') == {}, "it is another kind of file"
+    with pytest.raises(UserError, match="t.jsonl: line 2 is no valid JSON"):
+        read_table(tmp_path, "t.jsonl", lines[0] + "\n{\n")
 
 
 def test_a_file_that_is_no_table_of_captions_gives_nothing(tmp_path):
@@ -148,19 +186,20 @@ def test_a_table_that_is_missing_is_an_error(tmp_path):
 
 def test_given_tables_go_before_own_files_and_these_before_tables_nearby(tmp_path):
     root = tmp_path / "data"
+    write(tmp_path, {"captions.jsonl": b'{"uid": "ab/2", "caption": "nearby"}\n'})
     for seed, own in enumerate((["own"], ["own"], [], [])):
         write(root / f"ab/{seed}", layout_files("zero123", seed, captions=own))
     (tmp_path / "near.csv").write_text("0,near\n2,near\n")
-    (root / "ab/captions.json").write_text('{"2": "nearer"}')
+    (root / "ab/captions.json").write_text('[{"id": "ab/2", "caption": "nearer"}]')
     given = tmp_path / "given.json"
     given.write_text('{"ab/1": "given"}')
     objects, (found,) = find_objects([root], captions=[given])
     assert objects.captions(0) == ["own"]
     assert objects.captions(1) == ["given"]
-    assert sorted(objects.captions(2)) == ["near", "nearer"]
+    assert sorted(objects.captions(2)) == ["nearby", "nearer"], "the longest key counts"
     with pytest.raises(BadMember, match="no caption"):
         objects.captions(3)
-    assert [entry[:2] for entry in found.left_out] == [("ab/3", "no caption")]
+    assert [entry[:2] for entry in found.left_out] == [(f"{root}/ab/3", "no caption")]
     assert found.items == 3
     # The object is still readable.
     assert len(objects.read(3).names) == 8
@@ -190,5 +229,5 @@ def test_what_cannot_be_read_is_left_out_by_name(tmp_path):
     (tmp_path / "broken.csv").write_bytes(b"b,caf\xe9\n")
     _, (found,) = find_objects([tmp_path])
     reasons = {name: reason for name, reason, _ in found.left_out}
-    assert "caption.txt is not UTF-8" in reasons["b"]
-    assert "broken.csv is not UTF-8" in reasons["captions"]
+    assert "caption.txt is not UTF-8" in reasons[f"{tmp_path}/b"]
+    assert "broken.csv is not UTF-8" in reasons[str(tmp_path)]

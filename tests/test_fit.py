@@ -261,7 +261,7 @@ def test_a_lost_run_names_the_last_good_checkpoint_and_goes_on_from_it(tmp_path,
     assert not (out / "model.safetensors").exists()
 
     state = run.last_checkpoint(out)
-    assert state["step"] == int(step[1]) == 16
+    assert state["step"] == int(step[1]) == 8, "a checkpoint was written among failures"
     for name in ("theta", "average"):
         assert state[name].isfinite().all(), f"the checkpoint's {name} is not good"
     train.main([*flags, "--resume"])

@@ -1,11 +1,13 @@
 """Captioned images in every layout, written here; bad ones are named, their neighbours kept."""
 import csv
+import gzip
 import io
 import json
 import multiprocessing
 import multiprocessing.reduction
 import os
 import pickle
+import random
 import tarfile
 
 import numpy as np
@@ -48,6 +50,12 @@ def write_tar(path, files):
     return path
 
 
+def below(path, name):
+    """A name without the path, which has to come before it once."""
+    assert name.startswith(f"{path}/") and name.count(str(path)) == 1, name
+    return name.removeprefix(f"{path}/")
+
+
 def all_of(*paths):
     """{name below its path: captions} of what is found, and {name: reason} of what is left out.
 
@@ -55,13 +63,14 @@ def all_of(*paths):
     """
     found_images, founds = find_images(paths)
     assert sum(found.items for found in founds) == len(found_images)
-    left_out = {name: reason for found in founds for name, reason, _ in found.left_out}
+    left_out = {below(found.path, name): reason
+                for found in founds for name, reason, _ in found.left_out}
     assert len(left_out) == sum(len(found.left_out) for found in founds), "a name comes twice"
     kept = {}
     for i in range(len(found_images)):
         name = found_images.name(i)
-        for found in founds:
-            name = name.removeprefix(found.path + "/")
+        path = next(found.path for found in founds if name.startswith(found.path))
+        name = below(path, name)
         try:
             planes = found_images.picture(i, 8)
             assert planes.shape == (4, 8, 8) and planes.dtype == np.uint8
@@ -127,6 +136,8 @@ def test_what_a_folder_holds_that_cannot_be_used_is_named(tmp_path):
         "null.png": picture(), "null.json": '{"caption": null}',
         "number.png": picture(), "number.json": '{"caption": 7}',
         "list.png": picture(), "list.json": "[]",
+        "camera.png": picture(), "camera.txt": "1, 0 0 0\n0 1.0 0 0\n0 0 1e0 -2.5\n",
+        "dozen.png": picture(), "dozen.txt": "1 2 3 4 5 6 7 8 9 10 11 eggs",
         "good.npz": b"made by another program",
     })
     os.symlink(tmp_path / "nowhere.png", tmp_path / "link.png")
@@ -134,15 +145,17 @@ def test_what_a_folder_holds_that_cannot_be_used_is_named(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     kept, left_out = all_of(tmp_path)
     at_once = [name for name, _, _ in find_images([tmp_path])[1][0].left_out]
-    assert "empty.png" in at_once, "an empty file is not seen before it is read"
-    assert kept == {"good.jpg": ["good"], "two.jpg": ["two"]}
+    assert f"{tmp_path}/empty.png" in at_once, "an empty file is not seen before it is read"
+    assert kept == {"good.jpg": ["good"], "two.jpg": ["two"],
+                    "dozen.png": ["1 2 3 4 5 6 7 8 9 10 11 eggs"]}
     check_reasons(left_out, {
         "lonely.png": "no caption", "blank.png": "empty caption", "empty.png": "empty caption",
         "half.jpg": "cannot be decoded", "page.jpg": "begins with", "zero.jpg": "empty",
         "latin.png": "not UTF-8", "two.png": "same name as two.jpg",
         "phone.heic": "no kind of picture", "broken.png": "no valid JSON",
         "null.png": "no caption", "number.png": "neither a text nor a list",
-        "list.png": "no caption", "link.png": "broken link", "pipe.png": "no file",
+        "list.png": "no caption", "camera.png": "a camera, not a caption",
+        "link.png": "broken link", "pipe.png": "no file",
     })
 
 
@@ -158,7 +171,7 @@ def test_a_file_that_has_gone_or_a_folder_that_cannot_be_listed(tmp_path, monkey
 
     monkeypatch.setattr(images.os, "scandir", refuse)
     found_images, (found,) = find_images([tmp_path])
-    assert found.left_out == [("locked/", "cannot be listed: Permission denied", 1)]
+    assert found.left_out == [(f"{tmp_path}/locked/", "cannot be listed: Permission denied", 1)]
     for path in tmp_path.glob("b.*"):
         path.unlink()
     assert found_images.captions(0) == ["a"]
@@ -170,12 +183,14 @@ def test_a_file_that_has_gone_or_a_folder_that_cannot_be_listed(tmp_path, monkey
 
 def test_links_are_followed_but_not_round_and_round(tmp_path):
     write(tmp_path, {"data/a.png": picture(), "data/a.txt": "a"})
+    (tmp_path / "data/lost.png").symlink_to("nowhere.png")
     (tmp_path / "data/again").symlink_to(tmp_path / "data")
     (tmp_path / "data/itself").symlink_to("itself")
     write(tmp_path, {"other/b.png": picture(), "other/b.txt": "b"})
     (tmp_path / "data/elsewhere").symlink_to(tmp_path / "other")
     kept, left_out = all_of(tmp_path / "data")
-    assert kept == {"a.png": ["a"], "elsewhere/b.png": ["b"]} and left_out == {}
+    assert kept == {"a.png": ["a"], "elsewhere/b.png": ["b"]}
+    check_reasons(left_out, {"lost.png": "broken link"})
 
 
 def test_names_that_are_no_text_can_be_read_and_printed(tmp_path):
@@ -259,9 +274,26 @@ def test_bad_rows_of_a_table_are_named(tmp_path):
         ("metadata.jsonl, line 12", "leads out"), ("metadata.jsonl, line 13", "not UTF-8"),
         ("metadata.jsonl, line 14", "no valid JSON"), ("unnamed.png", "not named in the metadata"),
     ]
-    assert [name for name, _, _ in found.left_out] == [name for name, _ in expected]
-    for (name, reason, count), (_, words) in zip(found.left_out, expected):
-        assert words in reason and count == 1, f"{name}: {reason}"
+    names = [below(folder, name) for name, _, _ in found.left_out]
+    assert names == [name for name, _ in expected]
+    for (name, reason, _), (_, words) in zip(found.left_out, expected):
+        assert words in reason, f"{name}: {reason}"
+
+
+def test_a_picture_whose_line_is_damaged_counts_once(tmp_path):
+    lines = ['{"file_name": "a.png", "text": "a"}', '{"file_name": "b.p', '{"text": "of c"}']
+    write(tmp_path, {"metadata.jsonl": "\n".join(lines),
+                     **{f"{name}.png": picture() for name in "abc"}})
+    left_out = find_images([tmp_path])[1][0].left_out
+    assert len(left_out) == 4 and sum(count for _, _, count in left_out) == 2
+
+
+def test_a_row_with_more_cells_than_columns_is_bad(tmp_path):
+    write(tmp_path, {"metadata.csv": 'file_name,text\na.png,x,y,z\nb.png,"x,y,z"\n',
+                     "a.png": picture(), "b.png": picture()})
+    kept, left_out = all_of(tmp_path)
+    assert kept == {"b.png": ["x,y,z"]}
+    check_reasons(left_out, {"a.png": "more cells than columns"})
 
 
 def test_a_csv_that_is_damaged_or_of_another_kind(tmp_path):
@@ -336,7 +368,7 @@ def test_bad_samples_of_a_shard_are_named(tmp_path, monkeypatch):
         ("twice.jpg", jpg), ("twice.txt", "one"), ("twice.TXT", "two"),
         ("both.jpg", jpg), ("both.png", picture()), ("both.txt", "x"),
         ("cut.jpg", jpg[:-20]), ("cut.txt", "x"),
-        ("good.jpg", jpg), ("good.txt", "again"),
+        ("again.jpg", jpg), ("again.txt", "once"), ("again.jpg", jpg), ("again.txt", "twice"),
         ("null.jpg", jpg), ("null.json", '{"caption": null}'),
     ] + sample("last")
     write_tar(tmp_path / "0.tar", members)
@@ -346,20 +378,40 @@ def test_bad_samples_of_a_shard_are_named(tmp_path, monkeypatch):
         "alone.jpg": "no caption", "mute.txt": "no picture", "heic.heic": "no picture",
         "none.jpg": "empty caption", "blank.jpg": "empty caption",
         "twice.jpg": "two members of one name", "both.jpg": "two pictures",
-        "cut.jpg": "cannot be decoded", "good.jpg": "comes again", "null.jpg": "no caption",
+        "cut.jpg": "cannot be decoded", "again.jpg": "two members of one name",
+        "null.jpg": "no caption",
     }
     for _ in ("found", "found again, from the index"):
         found_images, (found,) = find_images([tmp_path])
         assert found.layout == "2 tar shards" and found.items == 6
-        kept, bad = [], {name: reason for name, reason, _ in found.left_out}
+        kept, bad = [], {below(tmp_path, name): reason for name, reason, _ in found.left_out}
         for i in range(len(found_images)):
             try:
                 found_images.picture(i, 8)
                 kept.append(found_images.captions(i))
             except BadMember as problem:
-                bad[found_images.name(i).removeprefix(f"{tmp_path}/")] = str(problem)
+                bad[below(tmp_path, found_images.name(i))] = str(problem)
         assert kept == [["text"], ["text"], ["of shard 1"]]
         check_reasons(bad, {f"0.tar/{name}": words for name, words in expected.items()})
+
+
+def test_the_members_of_a_sample_may_lie_apart(tmp_path):
+    """tar takes files as the folder has them: in any order."""
+    members = [member for i in range(9) for member in sample(f"{i}", i, f"text {i}")]
+    random.Random(0).shuffle(members)
+    kept, left_out = all_of(write_tar(tmp_path / "0.tar", members))
+    assert left_out == {} and kept == {f"{i}.jpg": [f"text {i}"] for i in range(9)}
+
+
+def test_compressed_shards_are_left_out_by_name(tmp_path):
+    whole = write_tar(tmp_path / "0.tar", sample("a")).read_bytes()
+    write(tmp_path, {"1.tar.gz": gzip.compress(whole), "2.TGZ": gzip.compress(whole),
+                     "3.tar.zst": b"(\xb5/\xfd", "4.tar": gzip.compress(whole),
+                     "notes.gz": b"something else"})
+    kept, left_out = all_of(tmp_path)
+    assert kept == {"0.tar/a.jpg": ["text"]}
+    check_reasons(left_out, dict.fromkeys(
+        ("1.tar.gz", "2.TGZ", "3.tar.zst", "4.tar"), "compressed"))
 
 
 def test_a_damaged_shard_is_left_out_and_the_others_are_kept(tmp_path):
@@ -373,7 +425,8 @@ def test_a_damaged_shard_is_left_out_and_the_others_are_kept(tmp_path):
         found_images, founds = find_images(paths)
         captions = [found_images.name(i) for i in range(len(found_images))]
         assert captions == [f"{tmp_path}/0.tar/a.jpg", f"{tmp_path}/1.tar/b.jpg"]
-        left_out = {name: why for found in founds for name, why, _ in found.left_out}
+        left_out = {below(tmp_path, name): why
+                    for found in founds for name, why, _ in found.left_out}
         assert [name.split("/")[-1] for name in left_out] == ["1.tar", "c.jpg", "2.tar"]
         assert "cut short" in left_out["1.tar"] and "no tar file" in left_out["2.tar"]
     with pytest.raises(UserError, match="2.tar holds no captioned image.*no tar file"):
@@ -390,8 +443,12 @@ def test_several_paths_are_one_list(tmp_path):
         write_tar(tmp_path / f"{i}.tar", sample("x", 3 + i, f"shard {i}"))
     found_images, founds = find_images(
         [tmp_path / "table", f"{tmp_path}/[02].tar", tmp_path / "plain", tmp_path / "1.tar"])
-    assert [found.path.split("/")[-1] for found in founds] == ["table", "0.tar", "2.tar", "plain",
-                                                               "1.tar"]
+    lines = [found.line().removeprefix(f"{tmp_path}/") for found in founds]
+    assert lines == [
+        "table: 1 images, image folder with metadata.jsonl", "[02].tar: 2 images, 2 tar shards",
+        "plain: 1 images, folder of pictures with text files", "1.tar: 1 images, 1 tar shard"]
+    assert find_images([f"{tmp_path}/plain/"])[1][0].path == f"{tmp_path}/plain"
+    assert len(find_images([tmp_path / "1.tar", f"{tmp_path}/?.tar", tmp_path / "1.tar"])[0]) == 3
     texts = [found_images.captions(i)[0] for i in range(len(found_images))]
     assert texts == ["table", "shard 0", "shard 2", "plain", "shard 1"]
     for item, i in enumerate((2, 3, 5, 1, 4)):
@@ -404,10 +461,18 @@ def test_where_nothing_can_be_used_it_says_what_was_looked_for(tmp_path):
     write(tmp_path, {"mute/a.png": picture(), "good/a.png": picture(), "good/a.txt": "a"})
     with pytest.raises(UserError, match=r"empty holds no.*x\.jpg \+ x\.txt.*metadata.*\.tar"):
         find_images([tmp_path / "good", tmp_path / "empty"])
-    with pytest.raises(UserError, match="left out 1, such as a.png: no caption"):
+    with pytest.raises(UserError, match="left out 1, such as .*mute/a.png: no caption"):
         find_images([tmp_path / "mute"])
     with pytest.raises(UserError, match="does not exist"):
         find_images([tmp_path / "none"])
+
+
+def test_rendered_objects_are_not_taken_for_captioned_images(tmp_path):
+    frames = [{"file_path": "0.png", "transform_matrix": np.eye(4).tolist()}]
+    write(tmp_path, {"x/0.png": picture(), "x/caption.txt": "a thing",
+                     "x/transforms.json": json.dumps({"camera_angle_x": 1, "frames": frames})})
+    with pytest.raises(UserError, match="holds rendered objects: name it with --objects"):
+        find_images([tmp_path])
 
 
 def test_data_of_an_older_version_is_refused(tmp_path):

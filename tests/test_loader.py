@@ -300,7 +300,28 @@ def test_everything_is_held_in_order_without_what_is_bad(workers):
         ("object 3/0.png", "broken data", 1), ("object 4/lost.png", "not there", 1),
         ("object 6", "no 4 views within 30° of an even set", 0), ("object 9", "no caption", 8),
         ("0.jpg", "cut short", 1), ("149.jpg", "cut short", 1)}
-    assert sum(read) == len(seen) + len(good)
+    # Object 6 has two views. Pictures that are left out are done, too.
+    assert sum(read) == 8 * len(kept) + 2 + 150, "the bar does not end at its end"
+
+
+def test_bad_images_of_one_name_under_two_paths_all_count(tmp_path):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        for i in range(20):
+            Image.new("RGB", (8, 8), "red").save(tmp_path / folder / f"{i}.png")
+            (tmp_path / folder / f"{i}.txt").write_text("red")
+        (tmp_path / folder / "0.png").write_bytes(b"cut")
+        (tmp_path / folder / "1.txt").unlink()
+    found, founds = images.find_images([tmp_path / "a", tmp_path / "b"])
+    assert [one.left_out for one in founds] == [
+        [(f"{tmp_path}/{folder}/1.png", "no caption", 1)] for folder in "ab"]
+    part = loader.read_images(found, range(len(found)), SIZE, VIEWS)
+    left_out = founds[0].left_out + founds[1].left_out + part.left_out
+    tally = Tally(40)
+    with pytest.raises(UserError, match="4 of 40 pictures"):
+        tally.add(left_out, 40)
+    assert {name for name, *_ in left_out} == {
+        f"{tmp_path}/{folder}/{i}.png" for folder in "ab" for i in (0, 1)}
 
 
 def test_one_kind_may_be_missing():

@@ -3,6 +3,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import signal
 
 import numpy as np
 import pytest
@@ -43,7 +44,8 @@ def test_every_layout_gives_the_same_cameras_and_pictures(layout, tmp_path):
     assert found.up == "z" and found.left_out == []
     for seed in range(2):
         rendered = check(objects, seed, seed)
-        assert objects.name(seed).startswith(str(seed))
+        assert objects.name(seed).startswith(f"{tmp_path}/data/{seed}")
+        assert rendered.name == objects.name(seed)
         assert objects.captions(seed) == ["a ball"]
         assert rendered.left_out == []
         fov = {"zero123": 49.13, "texts": 49.13, "instantmesh": 49.13, "g-objaverse": 39.6}
@@ -91,6 +93,22 @@ def test_a_world_with_y_up_is_turned(tmp_path):
     objects, found = found_in(tmp_path)
     assert found.up == "y"
     check(objects, 0, 1)
+
+
+def test_an_object_with_another_axis_up_is_left_out_and_many_are_an_error(tmp_path):
+    for seed in range(21):
+        c2w = cameras(seed % 3)
+        c2w = with_y_up(c2w) if seed == 20 else c2w
+        write(tmp_path / f"many/{seed}", layout_files("texts", seed % 3, c2w=c2w))
+    objects, found = found_in(tmp_path / "many")
+    assert found.up == "z"
+    check(objects, 19, 1)
+    with pytest.raises(BadMember, match="y is up in it, z in the other"):
+        objects.read(20)
+    for seed in (18, 19, 20):
+        (tmp_path / f"many/{seed}").rename(tmp_path / f"few-{seed}")
+    with pytest.raises(UserError, match="z is up in few-18, few-19; y is up in few-20"):
+        find_objects([tmp_path / "few-*"])
 
 
 def test_an_object_that_is_not_at_the_origin_is_moved_there(tmp_path):
@@ -196,8 +214,22 @@ def test_many_tars_of_one_object_are_opened_only_when_they_are_read(tmp_path, mo
     objects, found = found_in(tmp_path)
     assert len(objects) == 24 and found.items == 2
     assert len(opened) <= 16, f"{len(opened)} of 24 tars were opened"
-    assert objects.name(11) == "0/11" and objects.captions(11) == ["a", "b"]
+    assert objects.name(11) == f"{tmp_path}/0/11" and objects.captions(11) == ["a", "b"]
     check(objects, 7, 1)
+
+
+@pytest.mark.parametrize("count", [1, 3, 12])
+def test_a_folder_in_a_tar_with_the_name_of_the_tar_is_no_part_of_a_name(count, tmp_path):
+    for seed in range(count):
+        files = layout_files("g-objaverse", 0, captions=())
+        inside = {f"./{seed}/{name}": content for name, content in files.items()}
+        write_tar(tmp_path / f"0/{seed}.tar", inside)
+    table = {f"0/{seed}": f"object {seed}" for seed in range(count)}
+    (tmp_path / "captions.json").write_text(json.dumps(table))
+    objects, found = found_in(tmp_path)
+    assert found.items == count and found.left_out == []
+    assert objects.captions(count - 1) == [f"object {count - 1}"]
+    check(objects, 0, 0)
 
 
 def test_a_pattern_is_one_path_and_paths_keep_their_settings(tmp_path):
@@ -208,13 +240,13 @@ def test_a_pattern_is_one_path_and_paths_keep_their_settings(tmp_path):
     assert [found.items for found in founds] == [2, 2]
     for seed in range(4):
         check(objects, seed, seed)
-    assert objects.name(0) == "zero123_0"
+    assert objects.name(0) == f"{tmp_path}/zero*/zero123_0"
 
 
 def test_the_object_itself_can_be_named(tmp_path):
     write(tmp_path / "abc", layout_files("zero123", 0))
     objects, _ = found_in(tmp_path / "abc")
-    assert objects.name(0) == "abc"
+    assert objects.name(0).endswith("/abc")
     check(objects, 0, 0)
 
 
@@ -226,7 +258,15 @@ def test_objects_are_small_and_reach_other_processes(tmp_path):
     check(again, 2, 2)
     with multiprocessing.get_context("fork").Pool(1) as pool:
         name = pool.apply(objects.name, (1,))
-    assert name == "1"
+    assert name == f"{tmp_path}/1"
+
+
+def test_objects_of_one_name_under_two_paths_have_two_names(tmp_path):
+    for name in ("a", "b"):
+        write(tmp_path / name / "0", layout_files("zero123", 0))
+    objects, _ = find_objects([f"{tmp_path}/a/", tmp_path / "b"])
+    assert [objects.name(i) for i in range(2)] == [f"{tmp_path}/a/0", f"{tmp_path}/b/0"]
+    assert objects.read(1).name == objects.name(1)
 
 
 def test_contradicting_objects_end_in_an_error_that_says_what_they_look_like(tmp_path):
@@ -250,11 +290,12 @@ def test_one_object_of_another_convention_is_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("files, reason", [
-    ({"meta.pkl": b"", "000.png": b""}, "SyncDreamer.*pickle"),
-    ({"rgb_000_front.webp": b"", "000_front_RT.txt": b"1"}, "Wonder3D.*orthographic"),
+    ({"meta.pkl": b"", "000.png": b""}, "^/.*/x is SyncDreamer.*pickle"),
+    ({"rgb_000_front.webp": b"", "000_front_RT.txt": b"1"}, "^/.*/x is Wonder3D.*orthographic"),
     ({"model.glb": b""}, "meshes; render them"),
     ({"0.zip": b""}, "zip"),
-    ({"a.jpg": b"", "a.txt": b"a ball"}, "holds no rendered objects"),
+    ({"a.jpg": b"", "a.txt": b"a ball"}, "holds no rendered objects, but captioned .*--images"),
+    ({"a.jpg": b""}, "holds no rendered objects: what is wanted"),
     ({"index.jsonl": b'{"file": "sets/0.png", "kind": "set"}\n'}, "older version.*mvd.toyworld"),
 ])
 def test_what_is_not_supported_is_named(files, reason, tmp_path):
@@ -378,7 +419,7 @@ def test_broken_transforms_and_a_damaged_tar_are_left_out(tmp_path):
     write(tmp_path / "b", layout_files("trellis", 1))
     (tmp_path / "c.tar").write_bytes(b"no tar" * 200)
     objects, found = found_in(tmp_path)
-    assert [name for name, _, _ in found.left_out] == ["c"]
+    assert [name for name, _, _ in found.left_out] == [f"{tmp_path}/c"]
     with pytest.raises(BadMember, match="transforms.json is no valid JSON"):
         objects.read(0)
     check(objects, 1, 1)
@@ -401,7 +442,7 @@ def test_a_folder_that_cannot_be_listed_is_left_out(tmp_path):
         objects, found = found_in(tmp_path)
     finally:
         (tmp_path / "0").chmod(0o755)
-    assert len(objects) == 1 and found.left_out[0][0] == "0"
+    assert len(objects) == 1 and found.left_out[0][0] == f"{tmp_path}/0"
 
 
 def test_pictures_without_cameras_beside_objects_are_left_out(tmp_path):
@@ -412,7 +453,51 @@ def test_pictures_without_cameras_beside_objects_are_left_out(tmp_path):
     write(tmp_path / "b", {"photo.png": encoded(pictures(0)[0]), "photo.txt": b"a ball"})
     objects, found = found_in(tmp_path)
     assert len(objects) == 1
-    assert [(name, count) for name, _, count in found.left_out] == [("a/1", VIEWS), ("a/2", 1)]
+    assert [(name, count) for name, _, count in found.left_out] == [
+        (f"{tmp_path}/a/1", VIEWS), (f"{tmp_path}/b", 0), (f"{tmp_path}/a/2", 1)]
+
+
+def test_captioned_images_and_other_pictures_by_objects_are_told_but_not_bad(tmp_path):
+    picture = encoded(pictures(0)[0])
+    write(tmp_path / "a/0", layout_files("zero123", 0))
+    write(tmp_path, {"photo.png": picture, "photo.txt": b"a ball"})
+    write(tmp_path / "a/1", {"x.png": picture, "x.json": b'{"caption": "a ball"}'})
+    write(tmp_path / "b/c", {"x.png": picture, "x.txt": b"1 2 3", "y.png": picture})
+    write(tmp_path / "d", {"x.png": picture, "metadata.jsonl": b""})
+    write_tar(tmp_path / "e/0.tar", {"x.png": picture, "x.txt": "une boule dorée".encode()})
+    _, found = found_in(tmp_path)
+    images = "captioned images: name it with --images"
+    reasons = {name.removeprefix(f"{tmp_path}/"): reason for name, reason, _ in found.left_out}
+    assert reasons == {
+        str(tmp_path): images, "a/1": images, "d": images, "e/0": images,
+        "b/c": "it has pictures, but no cameras that can be read"}
+    assert not any(count for *_, count in found.left_out)
+
+
+def test_pictures_above_objects_and_many_shards_by_them_are_told(tmp_path):
+    picture = encoded(pictures(0)[0])
+    write(tmp_path / "0", layout_files("zero123", 0))
+    write(tmp_path, {"preview.png": picture})
+    for number in range(9):
+        write_tar(tmp_path / f"shards/{number}.tar", {"x.png": picture, "x.txt": b"a ball"})
+    _, found = found_in(tmp_path)
+    above, *shards = found.left_out
+    assert above[0] == str(tmp_path) and above[2] == 0, above
+    assert shards and all("--images" in reason for _, reason, _ in shards), found.left_out
+
+
+def test_a_picture_in_two_lists_is_one_view(tmp_path):
+    files = layout_files("nerf", 0)
+    files["transforms_val.json"] = files["transforms_test.json"]
+    content = json.loads(files["transforms_test.json"])
+    assert len(content["frames"]) > 1, "the test does not tell anything"
+    content["frames"][0]["transform_matrix"] = cameras(1)[0].tolist()
+    files["transforms_test.json"] = json.dumps(content).encode()
+    write(tmp_path / "x", files)
+    rendered = found_in(tmp_path)[0].read(0)
+    assert len(rendered.names) == len(set(rendered.names))
+    (name, reason), = rendered.left_out
+    assert name in rendered.names and "transforms_test.json has another camera" in reason
 
 
 def test_a_link_to_a_folder_above_does_not_lead_in_circles(tmp_path):
@@ -420,6 +505,20 @@ def test_a_link_to_a_folder_above_does_not_lead_in_circles(tmp_path):
     (tmp_path / "a/again").symlink_to(tmp_path)
     (tmp_path / "b").symlink_to(tmp_path / "a/0")
     assert len(found_in(tmp_path)[0]) == 2
+
+
+def test_a_pipe_and_a_broken_link_are_no_files(tmp_path):
+    """Whoever opened the pipes would wait for ever: an alarm ends that."""
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("a pipe was opened"))
+    signal.alarm(5)
+    write(tmp_path / "a", broken("zero123", {"003.png": None, "caption.txt": None}))
+    for name in ("a/caption.txt", "a/captions.json", "a/x.json", "captions.csv"):
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "a/003.png").symlink_to("nowhere.png")
+    objects, _ = found_in(tmp_path)
+    rendered = check(objects, 0, 0, [0, 1, 2, 4, 5, 6, 7])
+    signal.alarm(0)
+    assert rendered.left_out == [("003", "its picture is missing")]
 
 
 def test_what_vanishes_later_is_a_bad_member(tmp_path):

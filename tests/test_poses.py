@@ -6,7 +6,8 @@ import pytest
 
 from mvd.cameras import orbit
 from mvd.data.poses import (
-    CONVENTIONS, Convention, angles, centre, recognise, taken_as, to_c2w, upright, view_sets)
+    CONVENTIONS, Convention, angles, centre, check_up, other_up, recognise, taken_as, to_c2w,
+    upright, view_sets)
 from mvd.tools.errors import BadMember, UserError
 
 C2W_GL, W2C_GL, C2W_CV, W2C_CV = CONVENTIONS
@@ -273,7 +274,34 @@ def test_a_few_views_from_one_side_are_enough_to_see_what_is_up():
 
 
 def test_rolled_cameras_go_by_their_mean_up():
-    assert upright([shaken(sphere(n=40), 35)])[1] == "z"
+    rolled = shaken(sphere(n=40), 35)
+    assert upright([rolled])[1] == "z"
+    assert other_up(rolled, "z") is None, "cameras that roll about every axis contradict nothing"
+
+
+@pytest.mark.parametrize("axis", WORLDS)
+def test_another_axis_than_the_one_said_is_found_out(axis):
+    for ours in [sphere(0), shaken(turntable(), 3), turntable(elevation=65.0), turntable(4)]:
+        theirs = ours.copy()
+        theirs[:, :3] = np.array(WORLDS[axis]) @ ours[:, :3]
+        for said in WORLDS:
+            assert other_up(theirs, said) == (None if said == axis else axis)
+
+
+@pytest.mark.parametrize("ours, theirs", [(2, 2), (3, 1), (18, 1), (20, 1), (1, 20)])
+def test_the_up_of_most_objects_counts_and_many_others_are_an_error(ours, theirs):
+    turned = np.eye(4)
+    turned[:3, :3] = WORLDS["y"]
+    objects = [(f"a{i}", sphere(i)) for i in range(ours)]
+    objects += [(f"b{i}", turned @ sphere(50 + i)) for i in range(theirs)]
+    _, axis = upright([c2w for _, c2w in objects])
+    if min(ours, theirs) / (ours + theirs) <= 0.05:
+        assert axis == ("z" if ours > theirs else "y")
+        check_up(objects, axis)
+        return
+    with pytest.raises(UserError) as error:
+        check_up(objects, axis)
+    assert "z is up in a0" in str(error.value) and "y is up in b0" in str(error.value)
 
 
 # ---- where the object is ---------------------------------------------------------------------

@@ -1,6 +1,9 @@
 """Lists in shared memory, patterns of paths, and tar files read at random, also damaged ones."""
+import bz2
+import gzip
 import io
 import json
+import lzma
 import multiprocessing.reduction
 import os
 import pickle
@@ -95,8 +98,9 @@ def test_paths_and_patterns_name_folders_and_tars(tmp_path, monkeypatch):
 
 def test_a_path_that_names_nothing_is_an_error(tmp_path):
     (tmp_path / "x.csv").write_text("")
+    (tmp_path / "x.tar.gz").write_bytes(gzip.compress(b""))
     for path, words in [("none", "does not exist"), ("n*", "matches"), ("*.csv", "matches"),
-                        ("x.csv", "neither a folder nor a .tar"), ("x.tar.gz", "does not exist")]:
+                        ("x.csv", "neither a folder nor a .tar"), ("x.tar.gz", "is compressed")]:
         with pytest.raises(UserError, match=words) as problem:
             expand([tmp_path / path])
         assert str(tmp_path / path) in str(problem.value)
@@ -171,7 +175,9 @@ def test_a_damaged_tar_is_bad_and_nothing_worse(tmp_path):
     assert len(tar_members(path, problems)) == 3
     assert len(problems) == 1 and "damaged" in problems[0], problems
     for content, words in [(b"", "empty"), (b"<html>" * 999, "no tar file"),
-                           (b"\x1f\x8b" + bytes(2000), "no tar file")]:
+                           (gzip.compress(whole), "is compressed"),
+                           (lzma.compress(whole), "is compressed"),
+                           (bz2.compress(whole), "is compressed"), (b"\x1f", "no tar file")]:
         path.write_bytes(content)
         problems = []
         assert tar_members(path, problems) == [] and words in problems[0]

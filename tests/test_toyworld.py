@@ -308,7 +308,8 @@ def test_training_reads_what_was_written(whole):
     objects, (found,) = find_objects([whole / "sets"])
     assert len(objects) == 2 and found.left_out == []
     for i, item in enumerate(plan("set", 2, 0)):
-        assert (objects.name(i), objects.captions(i)) == (item.name, item.captions)
+        assert objects.name(i) == f"{whole}/sets/{item.name}"
+        assert objects.captions(i) == item.captions
         views = objects.read(i)
         azimuth = item.azimuth + np.arange(RENDERED_VIEWS) * 360 / RENDERED_VIEWS
         wanted = dict(

@@ -10,6 +10,7 @@ training will leave out.
 import argparse
 import json
 import os
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -123,8 +124,7 @@ def objects_report(objects, found, settings):
     convention = convention_of(objects.settings[0])
     captions = [captions_of(objects, i) for i in some]
     within = [s.needed is not None and s.needed <= settings.bound for s in seen]
-    left_out = [{"name": str(n), "reason": r} for n, r, _ in found.left_out]
-    left_out += [{"name": str(n), "reason": r} for s in seen for n, r in s.left_out]
+    bad = [entry for s in seen for entry in s.left_out]
     return {
         "path": found.path,
         "kind": "objects",
@@ -149,9 +149,19 @@ def objects_report(objects, found, settings):
         "usable_objects": sum(1 for texts, near in zip(captions, within) if texts and near),
         "within_bound": sum(within),
         "bounds": bounds_of(seen, settings.bound),
-        "left_out": left_out,
+        "left_out": entries(found.path, [found], bad),
         "camera": first_camera(objects, some),
     }
+
+
+def entries(path, founds, bad):
+    """What is left out, for a report: at first sight, and (name, reason) when it was read.
+
+    The names are below the path.
+    """
+    early = [entry[:2] for found in founds for entry in found.left_out]
+    return [{"name": str(name).removeprefix(f"{path}/"), "reason": reason}
+            for name, reason in (*early, *bad)]
 
 
 def first_camera(objects, some):
@@ -208,8 +218,6 @@ def images_report(path, settings, problem):
     some = spread(len(images), MOST_PICTURES)
     bad = look_at(Look(images, settings).image, some, len(some), str(path))
     good = [i for i, reasons in zip(some, bad) if not reasons]
-    left_out = [{"name": str(n), "reason": r} for found in founds for n, r, _ in found.left_out]
-    left_out += [{"name": str(n), "reason": r} for reasons in bad for n, r in reasons]
     return {
         "path": str(path),
         "kind": "images",
@@ -224,7 +232,7 @@ def images_report(path, settings, problem):
         "fov": None,
         "elevations": None,
         "captions": summary_of([images.captions(i) for i in good]),
-        "left_out": left_out,
+        "left_out": entries(founds[0].path, founds, chain.from_iterable(bad)),
         "camera": None,
         "usable_objects": 0,
     }

@@ -1,8 +1,10 @@
 """The captions of rendered objects: files in an object's folder, and tables of many objects.
 
     caption.txt, caption_2.txt   in the object's folder: every line is a wording
-    captions.json                in the object's folder: a text or a list of texts
-    captions.json, any .json     above the objects: {"0/10010": text or list of texts}
+    captions.json                in the object's folder: a text, a list of texts, {"caption": …}
+    captions.json, any .json     above the objects: {"0/10010": text or list of texts}, or
+                                 {"0/10010": {"caption": …}}, or [{"uid": …, "caption": …}, …]
+    captions.jsonl               above the objects: {"uid": …, "caption": …} on each line
     any .csv, .tsv               above the objects: Cap3D's two columns without a header, or columns
                                  with names, such as TRELLIS's sha256 and captions
 
@@ -11,6 +13,7 @@ ends of the objects' paths: 10010 and 0/10010 both mean data/0/10010. What lies 
 is the same for all objects (data/0/10010/campos_512_v4) does not matter. Tables of all of
 Objaverse are 131 MB: they are read row by row, and only rows of objects that are there are kept.
 """
+import ast
 import csv
 import io
 import json
@@ -67,6 +70,20 @@ def wordings(value):
     return [text for text in dict.fromkeys(texts) if text]
 
 
+def wordings_in(value):
+    """The wordings in a JSON value: a text, a list of texts, or an object with a caption."""
+    if isinstance(value, dict):
+        value = next((value[name] for name in TEXT_COLUMNS if name in value), None)
+    return wordings(value)
+
+
+def is_table(value):
+    """Whether a JSON value speaks of several objects."""
+    if isinstance(value, list):
+        return any(isinstance(row, dict) for row in value)
+    return isinstance(value, dict) and not any(name in value for name in TEXT_COLUMNS[:3])
+
+
 def own_captions(names, read):
     """The wordings in an object's own folder, [] if there is no such file.
 
@@ -80,8 +97,8 @@ def own_captions(names, read):
         elif lower in ("caption.json", "captions.json"):
             value = json_of(read(name), name)
             # Else it is a table of several objects, and their folder is one of them.
-            if not isinstance(value, dict):
-                texts += wordings(value)
+            if not is_table(value):
+                texts += wordings_in(value)
     return wordings(texts)
 
 
@@ -107,7 +124,8 @@ def tables_among(names):
 
 def named_as_table(name):
     name = name.lower()
-    return name.endswith((".csv", ".tsv")) or name.endswith(".json") and "caption" in name
+    return name.endswith((".csv", ".tsv")) or name.endswith((".json", ".jsonl")) and (
+        "caption" in name)
 
 
 def tables_near(folder):
@@ -119,7 +137,8 @@ def tables_near(folder):
         except OSError:
             continue
         for name in names:
-            if named_as_table(name) and not name.startswith("."):
+            there = named_as_table(name) and not name.startswith(".")
+            if there and (place / name).is_file():
                 found.append(Table(str(place / name), str(place / name)))
     return found
 
@@ -137,7 +156,11 @@ def rows(table):
             content = io.BytesIO(read_range(*table[1:]))
         with content:
             if table.name.lower().endswith(".json"):
-                yield from json_rows(content.read())
+                yield from json_rows(json_of(content.read(), "the table"))
+            elif table.name.lower().endswith(".jsonl"):
+                lines = enumerate(content, 1)
+                yield from object_rows(
+                    json_of(line, f"line {n}") for n, line in lines if line.strip())
             else:
                 yield from csv_rows(content)
     except BadMember as problem:
@@ -151,13 +174,29 @@ def rows(table):
         raise UserError(f"cannot read {table.name}: {error.strerror}") from None
 
 
-def json_rows(content):
-    """Rows of {key: text or list of texts}, bytes. Raises BadMember."""
-    table = json_of(content, "the table")
-    if not isinstance(table, dict):
-        return
-    for key, value in table.items():
-        yield [key], partial(wordings, value)
+def json_rows(table):
+    """Rows of {key: what `wordings_in` takes}, or of a list for `object_rows`."""
+    if isinstance(table, dict):
+        for key, value in table.items():
+            yield [key], partial(wordings_in, value)
+    elif is_table(table):
+        yield from object_rows(table)
+
+
+def object_rows(objects):
+    """Rows of JSON objects with a key and a caption; other values are passed over.
+
+    Raises BadMember at the end if there are captions, but no key.
+    """
+    named = captioned = False
+    for row in objects:
+        if isinstance(row, dict):
+            keys = [row[name] for name in KEY_COLUMNS if isinstance(row.get(name), str)]
+            named = named or bool(keys)
+            captioned = captioned or any(name in row for name in TEXT_COLUMNS)
+            yield keys, partial(wordings_in, row)
+    if captioned and not named:
+        raise BadMember("its captions do not say of what they are (uid, id, key, name …)")
 
 
 def csv_rows(file):
@@ -174,24 +213,27 @@ def csv_rows(file):
         for row in table:
             cells = [row[i] for i in texts if i < len(row)]
             yield [row[i] for i in keys if i < len(row)], partial(cell_texts, *cells)
-    elif len(columns) == 2:
+    elif len(header) > 1 and all(cell.startswith(" ") for cell in header[2:]):
+        # No header. The comma of a sentence, which nobody quoted, is followed by a blank.
         for row in chain([header], table):
-            # A comma in a caption that nobody quoted parts it.
             yield row[:1], partial(cell_texts, ",".join(row[1:]))
 
 
 def cell_texts(*cells):
-    """The wordings in cells: each has one, or a JSON list of several (none if it is damaged)."""
-    texts = []
-    for cell in cells:
-        if not cell.strip().startswith('["'):
-            texts.append(cell)
-            continue
-        try:
-            texts += wordings(json.loads(cell))
-        except (ValueError, BadMember):
-            continue
-    return wordings(texts)
+    """The wordings in cells: each has one, or a list of several, as JSON or Python writes it."""
+    return wordings([text for cell in cells for text in texts_in(cell.strip())])
+
+
+def texts_in(cell):
+    """The texts in one cell; [] if a list of texts in it is damaged."""
+    if cell.startswith("["):
+        for read in (json.loads, ast.literal_eval):
+            try:
+                return wordings(read(cell))
+            # Brackets in brackets by the thousand are a RecursionError or a MemoryError.
+            except (ValueError, SyntaxError, RecursionError, MemoryError, BadMember):
+                continue
+    return [] if cell.startswith(('["', "['")) else [cell]
 
 
 # ---- whose captions --------------------------------------------------------------------------

@@ -10,7 +10,9 @@ transparent.
 import contextlib
 import io
 import math
+import struct
 import warnings
+import zlib
 
 import numpy as np
 from PIL import Image
@@ -21,6 +23,8 @@ from ..tools.errors import BadMember
 MOST_PIXELS = 89_478_485
 # What is tried, the commonest first. Pillow knows others, and runs Ghostscript for one of them.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "QOI")
+# How a PNG begins.
+PNG = b"\x89PNG\r\n\x1a\n"
 # A colour or an alpha (of 255) counts as another one up to this difference.
 TOLERANCE = 8
 # What undoes each EXIF orientation (EXIF 2.3, tag 274).
@@ -80,7 +84,26 @@ def open_picture(content):
             f"16-bit grey or float pixels (Pillow's mode {picture.mode}), which would come out "
             "white; save it with 8 bits a channel"
         )
+    if content.startswith(PNG):
+        check_sums(content)
     return picture
+
+
+def check_sums(content):
+    """Raise BadMember if a chunk of a PNG differs from its checksum.
+
+    Pillow does not compare those of the pixels. What is cut short it notices.
+    """
+    content, place = memoryview(content), len(PNG)
+    kind = b""
+    while kind != b"IEND" and place + 8 <= len(content):
+        size, kind = struct.unpack_from(">I4s", content, place)
+        end = place + 8 + size
+        wanted = content[end:end + 4]
+        checksum = zlib.crc32(content[place + 4:end]).to_bytes(4, "big")
+        if len(wanted) == 4 and wanted != checksum:
+            raise BadMember("damaged: a checksum is wrong")
+        place = end + 4
 
 
 # ---- pixels ----------------------------------------------------------------------------------

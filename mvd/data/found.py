@@ -1,8 +1,15 @@
 """What was found under one path, before anybody trains."""
 from dataclasses import dataclass, field
 
+from .shards import printable
+
 # More than this share of bad pictures stops a run.
 MOST_BAD = 0.05
+
+
+def full_name(path, name):
+    """What reports call a member: the path that was searched and its name below that, or path."""
+    return printable("/".join(part for part in (path.rstrip("/"), name) if part))
 
 
 @dataclass
@@ -18,11 +25,11 @@ class Found:
     views: float = 0              # of an object, on the average
     fill: float | None = None     # how far an object reaches from the middle; 1: to the border
     cut: bool = False             # whether less than the whole picture is taken, as fill is small
-    left_out: list = field(default_factory=list)  # (name, reason, how many pictures that is)
+    left_out: list = field(default_factory=list)  # (full name, reason, how many pictures that is)
 
     def leave_out(self, name, reason, pictures=1):
-        """Count a member that cannot be used."""
-        self.left_out.append((name, reason, pictures))
+        """Count a member that cannot be used. name: below the path; "" for the path itself."""
+        self.left_out.append((full_name(self.path, name), reason, pictures))
 
     def line(self):
         """All that in one line."""

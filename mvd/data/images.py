@@ -13,8 +13,7 @@ import csv
 import json
 import os
 import posixpath
-from itertools import groupby
-from pathlib import PureWindowsPath
+from pathlib import Path, PureWindowsPath
 
 import torch
 from PIL import Image
@@ -23,9 +22,12 @@ from tqdm import tqdm
 from ..tools.errors import BadMember, UserError
 from .captions import cell_texts, json_of, text_of, wordings
 from .decode import FORMATS, decode_image
-from .found import Found
+from .found import Found, full_name
 from .layouts import Place, check_old
-from .shards import Records, expand, is_tar, kept_index, natural, printable, read_range, tar_members
+from .search import search_places
+from .shards import (
+    PACKED, Records, expand, is_packed, is_tar, kept_index, natural, printable, read_range,
+    tar_members)
 
 # Tables of a Hugging Face image folder; the first that is there counts.
 TABLES = ("metadata.jsonl", "metadata.csv")
@@ -83,7 +85,7 @@ class Images:
     def name(self, i):
         """Where image i lies, in words."""
         root, name, *_ = self.record(i)
-        return printable(f"{root}/{name}")
+        return full_name(root, name)
 
     def captions(self, i):
         """The wordings of image i, at least one. Raises BadMember."""
@@ -92,7 +94,9 @@ class Images:
             return text
         content = read(root, text)
         if kind == "txt":
-            texts = wordings(text_of(content, "its .txt").split("\n"))
+            text = text_of(content, "its .txt")
+            check_no_matrix(text)
+            texts = wordings(text.split("\n"))
         else:
             texts = json_captions(content)
         if not texts:
@@ -112,6 +116,18 @@ def read(root, place):
     return read_range(root, *place)
 
 
+def check_no_matrix(text):
+    """Raise BadMember if a text is a matrix of 3 or 4 rows: pictures of objects have these."""
+    numbers = text.replace(",", " ").split()
+    if len(numbers) not in (12, 16):
+        return
+    try:
+        [float(number) for number in numbers]
+    except ValueError:
+        return
+    raise BadMember("its .txt is a camera, not a caption: name the folder with --objects")
+
+
 def json_captions(content):
     """The wordings in a JSON file of img2dataset. Raises BadMember."""
     fields = json_of(content, "its .json")
@@ -127,25 +143,44 @@ def find_images(paths):
 
     Raises UserError for a path that does not exist or under which nothing can be used.
     """
-    roots, parts, founds = [], [], []
-    for path in expand(paths):
-        found = Found(str(path), "images")
-        for root, records in read_path(path, found):
-            if len(records):
-                roots.append(str(root))
-                parts.append(records)
-                found.items += len(records)
-        found.pictures = found.items
-        founds.append(found)
-    for found in founds:
+    roots, parts, founds, seen = [], [], [], set()
+    for path in map(str, paths):
+        matches = [place for place in expand([path]) if place.resolve() not in seen]
+        seen.update(place.resolve() for place in matches)
+        alone = []
+        for place in matches:
+            found = Found(str(place), "images")
+            for root, records in read_path(place, found):
+                if len(records):
+                    roots.append(str(root))
+                    parts.append(records)
+                    found.items += len(records)
+            found.pictures = found.items
+            alone.append(found)
+        founds.append((path, alone))
+    for found in (found for _, alone in founds for found in alone):
         # One bad shard among good ones is a member that is left out.
         if not found.items and (not parts or not is_tar(found.path)):
             raise UserError(nothing_usable(found))
-    return Images(roots, parts), founds
+    return Images(roots, parts), [together(path, alone) for path, alone in founds if alone]
+
+
+def together(path, founds):
+    """What was found under a path, as one Found: of all that a pattern matches, one each."""
+    if len(founds) == 1:
+        return founds[0]
+    items = sum(found.items for found in founds)
+    layout = " and ".join(dict.fromkeys(found.layout for found in founds))
+    if all(is_tar(found.path) for found in founds):
+        layout = f"{len(founds)} tar shards"
+    left_out = [entry for found in founds for entry in found.left_out]
+    return Found(path, "images", layout, items=items, pictures=items, left_out=left_out)
 
 
 def nothing_usable(found):
     """The text of an error: what was looked for, and the first things that were left out."""
+    if search_places([Path(found.path)], Found(found.path, "objects")).names:
+        return f"{found.path} holds rendered objects: name it with --objects, not with --images"
     text = (f"{found.path} holds no captioned image that can be used; looked for x.jpg + x.txt (or "
             "x.json), metadata.jsonl or metadata.csv with file_name, and .tar shards")
     if found.left_out:
@@ -161,32 +196,39 @@ def read_path(path, found):
         index = path / "index.jsonl"
         if index.is_file():
             check_old({index.name: Place(str(index))})
-        shards = shards_in(path)
+        shards = shards_in(path, found)
     if not shards:
         yield path, Records(folder_lines(path, found))
         return
     found.layout = f"{len(shards)} tar shard{'s' * (len(shards) > 1)}"
     for shard in tqdm(shards, desc="listing shards", unit="shard", leave=False, disable=None):
-        inside = "" if shard == path else shard.name + "/"
+        name = "" if shard == path else shard.name
         try:
             records, notes = kept_index(shard, index_shard)
         except BadMember as problem:
-            found.leave_out(printable(shard.name), str(problem))
+            found.leave_out(name, str(problem))
             continue
         for problem in notes["problems"]:
-            found.leave_out(printable(shard.name), problem)
-        for name, reason in notes["left_out"]:
-            found.leave_out(printable(inside + name), reason)
+            found.leave_out(name, problem)
+        for member, reason in notes["left_out"]:
+            found.leave_out(full_name(name, member), reason)
         yield shard, records
 
 
-def shards_in(folder):
-    """The .tar files directly in a folder, in natural order. Raises UserError."""
+def shards_in(folder, found):
+    """The .tar files directly in a folder, in natural order. Raises UserError.
+
+    Those that are compressed are left out.
+    """
     try:
-        files = [file for file in folder.iterdir() if is_tar(file) and file.is_file()]
+        files = sorted((file for file in folder.iterdir() if file.is_file()), key=natural)
     except OSError as error:
         raise UserError(f"cannot list the folder {folder}: {error.strerror}") from error
-    return sorted((file for file in files if not file.name.startswith(".")), key=natural)
+    files = [file for file in files if not file.name.startswith(".")]
+    for file in files:
+        if is_packed(file):
+            found.leave_out(file.name, PACKED)
+    return [file for file in files if is_tar(file)]
 
 
 # ---- folders ---------------------------------------------------------------------------------
@@ -201,6 +243,10 @@ def walk(root, found, prefix="", above=()):
     files, folders = [], []
     try:
         state = os.stat(folder)
+        identity = (state.st_dev, state.st_ino)
+        # A link may lead back to a folder above.
+        if identity in above:
+            return
         with os.scandir(folder) as entries:
             for entry in entries:
                 if entry.name.startswith((".", "__MACOSX")):
@@ -212,13 +258,9 @@ def walk(root, found, prefix="", above=()):
                 elif os.path.isfile(path) if path else entry.is_file():
                     files.append(entry.name)
                 elif is_picture(entry.name):
-                    found.leave_out(printable(prefix + entry.name), "is no file (a broken link?)")
+                    found.leave_out(prefix + entry.name, "is no file (a broken link?)")
     except OSError as error:
-        found.leave_out(printable(prefix or "."), f"cannot be listed: {error.strerror}")
-        return
-    identity = (state.st_dev, state.st_ino)
-    # A link may lead back to a folder above.
-    if identity in above:
+        found.leave_out(prefix, f"cannot be listed: {error.strerror}")
         return
     yield prefix, files
     for name in sorted(folders, key=natural):
@@ -271,12 +313,12 @@ def pair_lines(root, prefix, names, found):
         else:
             yield line_of(prefix + name, None, kind, text)
             continue
-        found.leave_out(printable(prefix + name), reason)
+        found.leave_out(prefix + name, reason)
     # Other files may lie there, too, but not with a caption.
     for name in sorted(others, key=natural):
         stem = os.path.splitext(name)[0]
         if stem in texts["txt"] and stem not in first:
-            found.leave_out(printable(prefix + name), "no kind of picture that can be read")
+            found.leave_out(prefix + name, "no kind of picture that can be read")
 
 
 def is_empty(path):
@@ -311,9 +353,10 @@ def table_lines(root, tables, files, found):
     there, named = set(files), set()
     for prefix, table in tables:
         for place, row in rows(root, prefix + table, found):
+            # The picture of a row that names none will be left out as one that is not named.
+            pictures = 1 if row.get("file_name") else 0
             try:
-                name = file_of(row, prefix, there)
-                place = name
+                name = place = file_of(row, prefix, there)
                 if name in named:
                     raise BadMember("is named a second time")
                 named.add(name)
@@ -321,10 +364,10 @@ def table_lines(root, tables, files, found):
                     raise BadMember("there is no such file")
                 yield line_of(name, None, "texts", captions_of(row, table))
             except BadMember as problem:
-                found.leave_out(printable(place), str(problem))
+                found.leave_out(place, str(problem), pictures)
     for name in sorted(files, key=natural):
         if is_picture(name) and name not in named:
-            found.leave_out(printable(name), "is not named in the metadata")
+            found.leave_out(name, "is not named in the metadata")
 
 
 def rows(root, table, found):
@@ -343,13 +386,16 @@ def rows(root, table, found):
                 if row is not None:
                     yield place, row
     except UnicodeDecodeError:
-        found.leave_out(printable(table), "is not UTF-8 text; save it as UTF-8")
+        found.leave_out(table, "is not UTF-8 text; save it as UTF-8", 0)
     except (OSError, csv.Error) as error:
-        found.leave_out(printable(table), f"cannot be read: {error}")
+        found.leave_out(table, f"cannot be read: {error}", 0)
 
 
 def json_line(line, place, found):
-    """The object in a line of bytes; None for a blank line, and for a bad one, left out."""
+    """The object in a line of bytes; None for a blank line, and for a bad one, left out.
+
+    That one counts as no picture: its picture will be left out as one that is not named.
+    """
     if not line.strip():
         return None
     try:
@@ -357,7 +403,7 @@ def json_line(line, place, found):
         if not isinstance(row, dict):
             raise BadMember("the line is no JSON object")
     except BadMember as problem:
-        found.leave_out(printable(place), str(problem))
+        found.leave_out(place, str(problem), 0)
         return None
     return row
 
@@ -377,6 +423,9 @@ def file_of(row, prefix, there):
 
 def captions_of(row, table):
     """The wordings of a row. Raises BadMember."""
+    # Where csv puts the cells that have no column.
+    if None in row:
+        raise BadMember("more cells than columns: put captions with commas in quotes")
     value = next((row[name] for name in COLUMNS if row.get(name) is not None), None)
     if value is None:
         raise BadMember(f"{NO_CAPTION} (no column {', '.join(COLUMNS)})")
@@ -391,18 +440,19 @@ def captions_of(row, table):
 def index_shard(path):
     """The records of a shard's images: (lines, {"problems": […], "left_out": [(name, reason)]}).
 
-    A sample is the members side by side that have one name up to its first dot.
+    A sample is the members that have one name up to its first dot. They need not lie side by side:
+    tar itself takes files in whatever order a folder gives them.
     """
-    lines, left_out, problems, seen = [], [], [], set()
-    members = [member for member in tar_members(path, problems) if is_of_sample(member[0])]
-    for key, group in groupby(members, lambda member: key_of(member[0])[0]):
-        group = list(group)
+    lines, left_out, problems, samples = [], [], [], {}
+    for member in tar_members(path, problems):
+        if is_of_sample(member[0]):
+            samples.setdefault(key_of(member[0])[0], []).append(member)
+    for group in samples.values():
         try:
-            lines.append(sample_line(key, group, seen))
+            lines.append(sample_line(group))
         except BadMember as problem:
             pictures = [name for name, _, _ in group if is_picture(name)]
             left_out.append(((pictures or [group[0][0]])[0], str(problem)))
-        seen.add(key)
     return lines, {"problems": problems, "left_out": left_out}
 
 
@@ -421,10 +471,8 @@ def is_of_sample(name):
     return bool(stem and suffix) and not about and "__MACOSX" not in name
 
 
-def sample_line(key, group, seen):
+def sample_line(group):
     """The record of a sample: members [(name, offset, size)] of one key. Raises BadMember."""
-    if key in seen:
-        raise BadMember("its name comes again: what belongs together must stand side by side")
     places, names = {}, {}
     for name, offset, size in group:
         suffix = key_of(name)[1]

@@ -73,7 +73,8 @@ class View(NamedTuple):
 def listing(node):
     """What lies directly in a folder: (files {name: Place}, folders {name: node}).
 
-    Hidden ones are left out. Raises BadMember if the folder cannot be listed.
+    Hidden ones and what is no file (a pipe, a broken link) are left out. Raises BadMember if the
+    folder cannot be listed.
     """
     files, folders = {}, {}
     if isinstance(node, dict):
@@ -88,7 +89,7 @@ def listing(node):
                 if entry.is_dir():
                     if not (entry.is_symlink() and leads_back(entry.path)):
                         folders[entry.name] = entry.path
-                else:
+                elif entry.is_file():
                     files[entry.name] = Place(entry.path)
     except OSError as error:
         raise BadMember(f"the folder cannot be listed ({error.strerror})") from None
@@ -345,12 +346,19 @@ def read_views(node):
 def transform_views(node, lists):
     """Views of the files named `lists`, which list pictures and cameras."""
     find = finder(node)
-    views, left_out = [], []
+    views, left_out, seen = [], [], {}
     for name in lists:
         content = json_of(read_place(find(name)), name)
         frames, bad = read_transforms(content, find)
         left_out += bad
         for frame in frames:
+            first = seen.setdefault(frame.file, frame)
+            if first is not frame:
+                # Lists for training and testing may share views.
+                if not np.array_equal(first.matrix, frame.matrix):
+                    reason = f"{name} has another camera for it than the list before"
+                    left_out.append((frame.file, reason))
+                continue
             mask = find(frame.mask) if frame.mask else None
             picture = find(frame.file)
             if frame.mask and mask is None:

@@ -8,6 +8,7 @@ out and reported with each batch; another item takes the place, chosen by the sa
 The processes are those of PyTorch's DataLoader.
 """
 import atexit
+import contextlib
 import signal
 import sys
 import weakref
@@ -20,11 +21,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .. import cameras
+from ..tools.cli import handlers
 from ..tools.errors import BadMember, UserError
 from .found import MOST_BAD
 from .order import Dice, hashed, items_at
 from .poses import view_sets
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # How many items are tried for one place before the run stops.
 ATTEMPTS = 100
 # Batches that wait for each worker's turn: one that takes long does not hold up the others.
@@ -59,8 +62,8 @@ def ignore_signals(_):
     Workers end when it tells them to, or when it is gone. (The DataLoader sees to the latter, and
     lets each of them use one thread.)
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def unchanged(answer):
@@ -88,15 +91,36 @@ def in_workers(function, requests, workers, *, context=None, pin=False):
         # Its own generator: the random numbers of the caller stay as they are.
         generator=torch.Generator(), **(processes if workers else {}),
     )
-    results = iter(loader)
-    answers = watched(results)
-    if workers:
-        # Workers that ignore SIGTERM end only if they are told. Left to itself the DataLoader
-        # does not tell them where the garbage collector has taken its queues first, nor at exit
-        # before multiprocessing waits for them.
-        end = weakref.finalize(answers, results._shutdown_workers)
-        atexit.register(end)
+    with signals_wait():
+        results = iter(loader)
+        answers = watched(results)
+        if workers:
+            # Workers that ignore SIGTERM end only if they are told. Left to itself the DataLoader
+            # does not tell them where the garbage collector has taken its queues first, nor at
+            # exit before multiprocessing waits for them.
+            end = weakref.finalize(answers, results._shutdown_workers)
+            atexit.register(end)
     return answers
+
+
+@contextlib.contextmanager
+def signals_wait():
+    """Within this context Ctrl-C and SIGTERM wait; processes that start in it never get them.
+
+    Where a process forks, Python would swallow the exceptions that they raise. This thread blocks
+    them, as its children then do; other threads still let them in, so they are noted, too.
+    """
+    came = []
+    note = {number: lambda number, _: came.append(number) for number in SIGNALS}
+    mask = getattr(signal, "pthread_sigmask", lambda *_: ())  # Windows has none
+    with handlers(note):
+        before = mask(getattr(signal, "SIG_BLOCK", 0), SIGNALS)
+        try:
+            yield
+        finally:
+            mask(getattr(signal, "SIG_SETMASK", 0), before)
+    for number in came:
+        signal.raise_signal(number)
 
 
 def watched(results):
@@ -309,12 +333,13 @@ class Part(NamedTuple):
     names: list           # of the object or of the images; none if it cannot be used
     captions: list        # a list of texts for each name
     left_out: list        # (name, reason, pictures); of an object whose views are unknown None
+    tried: int            # pictures that were to be read
 
 
 def read_everything(objects, images, *, size, views, bound, workers, progress=None):
     """Read every view and every image once, in their order: Held. Arguments as for `Examples`.
 
-    workers: as for `in_workers`. progress: a function, called with how many more pictures are read.
+    workers: as for `in_workers`. progress: a function, called with how many more pictures are done.
     Views that cannot be read are left out; their object stays as long as it has a set. Raises
     UserError if more than MOST_BAD of all pictures cannot be used.
     """
@@ -381,10 +406,10 @@ def read_object(objects, item, size, views, bound):
     sets = view_sets(rendered.azimuth[good], rendered.elevation[good], views, bound)
     if not len(sets):
         left_out.append(without_set(rendered, views, bound))
-        return nothing._replace(left_out=left_out)
+        return nothing._replace(left_out=left_out, tried=count)
     camera = cameras.extrinsics(rendered.c2w[good])
     sets = torch.from_numpy(sets)
-    return Part(rgba[good], camera, sets, [rendered.name], [captions], left_out)
+    return Part(rgba[good], camera, sets, [rendered.name], [captions], left_out, count)
 
 
 def read_images(images, items, size, views):
@@ -406,7 +431,8 @@ def empty_part(count, size, views):
     """A Part without names, with memory for `count` pictures."""
     rgba = torch.empty(count, 4, size, size, dtype=torch.uint8)
     sets = torch.empty(0, views, dtype=torch.int64)
-    return Part(rgba, torch.empty(0, 16), sets, names=[], captions=[], left_out=[])
+    camera = torch.empty(0, 16)
+    return Part(rgba, camera, sets, names=[], captions=[], left_out=[], tried=count)
 
 
 def collect(parts, count, size, views, progress):
@@ -429,7 +455,7 @@ def collect(parts, count, size, views, progress):
         whole.left_out.extend(part.left_out)
         place = end
         if progress:
-            progress(len(part.rgba))
+            progress(part.tried)
     rgba = whole.rgba[:place]
     whole = whole._replace(rgba=rgba, camera=torch.cat(camera), sets=torch.cat(sets))
     return whole, torch.tensor(ends)

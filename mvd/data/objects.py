@@ -12,6 +12,7 @@ import json
 import math
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -21,10 +22,10 @@ from ..tools.errors import BadMember, UserError
 from . import poses
 from .captions import Table, captions_from, own_captions, tables_near
 from .decode import decode_view, open_picture
-from .found import Found
+from .found import Found, full_name
 from .layouts import listing, read_place, read_views
 from .search import FEW_TARS, node_of, search_places
-from .shards import Records, expand, printable
+from .shards import Records, expand
 from .transforms import centre_of, fov_of
 
 # The convention that a layout usually has, by how its name begins. It decides where the cameras
@@ -48,7 +49,7 @@ COLOURS = {"white": (255, 255, 255), "black": (0, 0, 0), "grey": (128, 128, 128)
 
 class Rendered(NamedTuple):
     """The cameras of one object: n views in natural order of their names."""
-    name: str
+    name: str                # of the object, with its path
     names: list              # of the views
     c2w: torch.Tensor        # float32 [n, 4, 4], as in cameras.py
     fov: np.ndarray          # degrees [n], of the largest square of the picture
@@ -75,8 +76,13 @@ class Objects:
     def __len__(self):
         return len(self.records)
 
+    def settings_of(self, i):
+        """The settings of the path of object i, a dict."""
+        return self.settings[torch.searchsorted(self.starts, i, right=True).item() - 1]
+
     def name(self, i):
-        return printable(self.records[i]["name"])
+        """Where object i lies, in words: its path, and its name below that."""
+        return full_name(self.settings_of(i)["path"], self.records[i]["name"])
 
     def captions(self, i):
         """The wordings of object i, at least one. Raises BadMember."""
@@ -90,10 +96,12 @@ class Objects:
 
     def read(self, i):
         """The cameras of object i as a Rendered. Raises BadMember if none of them can be used."""
-        path = torch.searchsorted(self.starts, i, right=True).item() - 1
-        settings = self.settings[path]
+        settings = self.settings_of(i)
         views, left_out = read_views(node_of(self.records[i]))
         views, c2w, fov = usable_views(views, convention_of(settings), left_out)
+        other = poses.other_up(c2w, settings["up"])
+        if other:
+            raise BadMember(f"{other} is up in it, {settings['up']} in the other objects")
         c2w[:, :3] = np.array(settings["turn"]) @ c2w[:, :3]
         c2w = poses.centre(c2w)
         return Rendered(
@@ -219,7 +227,7 @@ def find_objects(paths, *, captions=(), background=None, checked=256):
     if a path has no objects, or if its objects contradict each other.
     """
     searches, settings = [], []
-    for path in dict.fromkeys(map(str, paths)):
+    for path in dict.fromkeys(str(Path(path)) for path in paths):
         found = Found(path, "objects")
         search = search_places(expand([path]), found)
         if not search.names:
@@ -245,7 +253,10 @@ def nothing_found(search):
         return search.refused[0]
     if found.left_out:
         name, reason, _ = found.left_out[0]
-        return f"{found.path}: no object can be read: {name}: {reason}"
+        return f"no object can be read: {name}: {reason}"
+    if any(bare.captioned for bare in search.bare):
+        return (f"{found.path} holds no rendered objects, but captioned images: name it with "
+                "--images")
     return (f"{found.path} holds no rendered objects: what is wanted are folders or tars with "
             "transforms.json, or with a .npy, .txt or .json file for each picture")
 
@@ -306,22 +317,25 @@ def look_closely(search, background, checked):
     begins = [usual for name, usual in USUAL.items() if found.layout.startswith(name)]
     try:
         convention = poses.recognise(looked, expected=begins[0] if begins else None)
+        worlds = list(readable(looked, convention))
+        turn, found.up = poses.upright([c2w for _, c2w in worlds])
+        poses.check_up(worlds, found.up)
     except UserError as error:
         raise UserError(f"{found.path}: {error}") from None
     found.convention = str(convention)
-    turn, found.up = poses.upright(list(readable(looked, convention)))
     found.views = views / len(looked)
     settings = {
-        "convention": convention, "turn": turn.tolist(), "background": background, "frame": None}
+        "path": found.path, "convention": convention, "up": found.up, "turn": turn.tolist(),
+        "background": background, "frame": None}
     settings["frame"] = measure(found, records, settings, min(checked, FILL_OBJECTS))
     return settings
 
 
 def readable(looked, convention):
-    """The c2w [n, 4, 4] of those objects [(name, matrices)] that can be read."""
-    for _, matrices in looked:
+    """(name, c2w [n, 4, 4]) of those objects [(name, matrices)] that can be read."""
+    for name, matrices in looked:
         try:
-            yield poses.to_c2w(poses.usable(matrices)[0], convention)
+            yield name, poses.to_c2w(poses.usable(matrices)[0], convention)
         except BadMember:
             continue
 
@@ -380,7 +394,7 @@ def gather_captions(searches, given):
         for number, i, wordings in from_tables(tables, numbers, paths, problems):
             texts[number][i] = texts[number][i] or wordings
         for problem in problems:
-            searches[numbers[0]].found.leave_out("captions", problem, 0)
+            searches[numbers[0]].found.leave_out("", problem, 0)
     tables = [Table(str(file), str(file)) for file in given]
     for number, i, wordings in from_tables(tables, range(len(searches)), paths):
         texts[number][i] = wordings

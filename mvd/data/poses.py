@@ -411,23 +411,59 @@ def upright(cameras):
     """Which axis of the world is up: (rotation float64 [3, 3] that turns it to z, its name).
 
     cameras: a list of c2w [n, 4, 4] of all objects that share a world. Cameras have no roll about
-    the up axis. The first in the order of TURNS about which they are level and clearly upright is
-    taken; if there is none, the one that their up axes agree with best. Apply the rotation from
-    the left: rotation @ c2w[:, :3].
+    the up axis. The first in the order of TURNS about which most objects are level and clearly
+    upright is taken; if there is none, the one that their up axes agree with best. Apply the
+    rotation from the left: rotation @ c2w[:, :3].
     """
-    right = np.concatenate([np.asarray(c2w)[:, :3, 0] for c2w in cameras])
-    up = np.concatenate([np.asarray(c2w)[:, :3, 1] for c2w in cameras])
-    level, upness = {}, {}
-    for name, turn in TURNS.items():
-        axis = np.array(turn[2], dtype=np.float64)
-        level[name] = np.sqrt(np.mean((right @ axis) ** 2)) < LEVEL
-        upness[name] = (up @ axis).mean()
+    rolls, upness = np.median([about_axes(c2w) for c2w in cameras], axis=0)
+    level = dict(zip(TURNS, rolls < LEVEL))
+    upness = dict(zip(TURNS, upness))
     # 0.3: cameras that look down from 70 degrees on the average.
     fits = [name for name in TURNS if level[name] and upness[name] > 0.3]
     if not fits:
         steep = [name for name in TURNS if level[name] and upness[name] > 1e-3]
         fits = sorted(steep or TURNS, key=lambda name: -upness[name])
     return np.array(TURNS[fits[0]], dtype=np.float64), fits[0]
+
+
+def about_axes(c2w):
+    """How cameras c2w [n, 4, 4] stand about the axes of TURNS: float64 [2, 6].
+
+    How far their right axes stray from its plane (root mean square), and how much their up axes
+    agree with it (mean cosine).
+    """
+    axes = np.array([turn[2] for turn in TURNS.values()], dtype=np.float64).T
+    c2w = np.asarray(c2w)
+    right, up = c2w[:, :3, 0] @ axes, c2w[:, :3, 1] @ axes
+    return np.array([np.sqrt(np.mean(right ** 2, 0)), up.mean(0)])
+
+
+def other_up(c2w, axis):
+    """The name of the axis that is clearly up for cameras c2w [n, 4, 4] instead of `axis`, or None.
+
+    They are level about it, but not about `axis`, or they hang upside down. Where cameras roll
+    about every axis, none is clear.
+    """
+    rolls, upness = about_axes(c2w)
+    ours = list(TURNS).index(axis)
+    if rolls[ours] < 2 * LEVEL and upness[ours] > -0.3:
+        return None
+    clear = np.where(rolls < LEVEL, upness, 0)
+    best = clear.argmax()
+    return list(TURNS)[best] if clear[best] > 1e-3 else None
+
+
+def check_up(objects, axis):
+    """Raises UserError if another axis is up in more than 5% of objects [(name, c2w)]."""
+    groups = {}
+    for name, c2w in objects:
+        groups.setdefault(other_up(c2w, axis) or axis, []).append(name)
+    others = sum(len(names) for other, names in groups.items() if other != axis)
+    if others > MOST_BAD * len(objects):
+        looks = [f"{other} is up in {some(names)}" for other, names in groups.items()]
+        raise UserError(
+            "the objects' worlds contradict each other: " + "; ".join(looks)
+            + "; turn some of them, or give each kind as a data set of its own")
 
 
 # ---- where the object is, and from where it is seen ------------------------------------------

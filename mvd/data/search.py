@@ -8,17 +8,25 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from ..tools.errors import BadMember
 from .captions import Table, own_captions, tables_among
-from .found import Found
+from .found import Found, full_name
 from .layouts import (
-    INTRINSICS, PICTURE_SUFFIXES, Place, layout_of, listing, read_place, stems, tree)
+    INTRINSICS, PICTURE_SUFFIXES, Place, layout_of, listing, numbers, read_place, stems, tree)
 from .shards import is_tar, natural, tar_members
 
 # Of a folder with more tars than this only so many are opened; if each of these holds one object,
 # the others are taken to be alike.
 FEW_TARS = 8
+
+
+class Bare(NamedTuple):
+    """A folder or a tar with pictures, but no cameras that can be read."""
+    name: str
+    pictures: int    # how many
+    captioned: bool
 
 
 @dataclass
@@ -33,7 +41,7 @@ class Search:
     reasons: dict = field(default_factory=dict)   # name: why its own captions cannot be read
     refused: list = field(default_factory=list)   # what lies there, but is not supported
     tables: list = field(default_factory=list)    # captions.Table
-    bare: list = field(default_factory=list)      # (name, pictures) of folders without cameras
+    bare: list = field(default_factory=list)      # Bare
     tars: list = field(default_factory=list)      # (name, path) still to be looked into
 
     def add(self, name, place, captions):
@@ -62,12 +70,21 @@ def search_places(places, found):
                 inner, search.above = whole.name, whole.parent
             search.add(inner, {"at": node}, captions)
     search_tars(search)
-    # Captioned images may lie elsewhere, but what lies beside objects should have been one.
-    beside = {name.rpartition("/")[0] for name in search.names}
-    for name, pictures in search.bare:
-        if name.rpartition("/")[0] in beside:
-            found.leave_out(name, "it has pictures, but no cameras that can be read", pictures)
+    if search.names:
+        leave_out_bare(search)
     return search
+
+
+def leave_out_bare(search):
+    """Report what has pictures, but no cameras. What lies beside objects should have been one."""
+    beside = {name.rpartition("/")[0] for name in search.names}
+    for name, pictures, captioned in search.bare:
+        if captioned:
+            search.found.leave_out(name, "captioned images: name it with --images", 0)
+        else:
+            bad = pictures if name and name.rpartition("/")[0] in beside else 0
+            reason = "it has pictures, but no cameras that can be read"
+            search.found.leave_out(name, reason, bad)
 
 
 # ---- folders ---------------------------------------------------------------------------------
@@ -81,7 +98,7 @@ def walk(node, name, captions, search):
         files, folders = listing(node)
         layout = layout_of(files, folders)
     except BadMember as problem:
-        search.found.leave_out(name or search.found.path, str(problem))
+        search.found.leave_out(name, str(problem))
         return
     try:
         captions = own_captions(files, lambda file: read_place(files[file])) or captions
@@ -91,10 +108,10 @@ def walk(node, name, captions, search):
         search.layouts[layout] = True
         yield name, node, captions
         return
-    search.refused += unsupported(name or search.found.path, files)
+    search.refused += unsupported(full_name(search.found.path, name), files)
     pictures = stems(files, PICTURE_SUFFIXES)
     if pictures:
-        search.bare.append((name, len(pictures)))
+        search.bare.append(Bare(name, len(pictures), is_captioned(files, pictures)))
     tables = tables_among(files)
     search.tables += [Table(joined(search.found.path, name, file), *files[file]) for file in tables]
     if isinstance(node, str):
@@ -106,6 +123,24 @@ def walk(node, name, captions, search):
             # A part of a tar does not know what lies above it.
             below.update({f"../{file}": files[file] for file in INTRINSICS if file in files})
         yield from walk(below, joined(name, folder), captions, search)
+
+
+def is_captioned(files, pictures):
+    """Whether pictures {stem: [Place]} lie with captions, as images.py reads them."""
+    if "metadata.jsonl" in files or "metadata.csv" in files:
+        return True
+    for suffix in (".txt", ".json"):
+        texts = stems(files, (suffix,))
+        both = sorted(pictures.keys() & texts.keys(), key=natural)
+        try:
+            content = read_place(texts[both[0]][0]) if both else b""
+            if suffix == ".txt":
+                numbers(content)    # a camera, or part of one
+            elif b'"caption' in content:
+                return True
+        except BadMember:
+            return True
+    return False
 
 
 def joined(*parts):
@@ -159,9 +194,13 @@ def search_tar(path, name, captions, search):
         problems.append(str(problem))
         root = {}
     for problem in problems:
-        search.found.leave_out(name or str(path), problem)
+        search.found.leave_out(name, problem)
     if problems and not root:
         return None
+    # As 0/10010.tar with nothing but 10010/ in it: the object's name is 0/10010.
+    stem, inside = os.path.splitext(os.path.basename(path))[0], list(root.values())
+    if list(root) == [stem] and isinstance(inside[0], dict):
+        root, = inside
     for inner, node, texts in walk(root, name, captions, search):
         search.add(inner, {"tar": str(path), "files": members_of(node)}, texts)
         count += 1
@@ -178,6 +217,7 @@ def search_tars(search):
         if counts <= {0, 1} and len(counts) < 2:
             search.layouts |= trial.layouts
             search.refused += trial.refused
+            search.bare += trial.bare
             captions = None if any(trial.own) else []
             for name, path in tars if counts == {1} else ():
                 search.add(name, {"tar": path}, captions)

@@ -64,6 +64,9 @@ class Records:
 # ---- paths -----------------------------------------------------------------------------------
 
 NUMBERS = re.compile("([0-9]+)")
+# How files begin that gzip, bzip2, xz and Zstandard have compressed.
+MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
+PACKED = "is compressed: no member can be read by itself; uncompress it first, as gunzip does"
 
 
 def natural(name):
@@ -83,6 +86,11 @@ def is_tar(path):
     return Path(path).suffix.lower() == ".tar"
 
 
+def is_packed(path):
+    """Whether a file's name is that of a compressed tar."""
+    return re.search(r"\.(tgz|tar\.(gz|bz2|xz|zst))$", str(path), re.IGNORECASE) is not None
+
+
 def expand(paths):
     """The folders and .tar files that paths and patterns (* ? [) name: Paths, without duplicates.
 
@@ -94,7 +102,8 @@ def expand(paths):
         place = Path(path).expanduser()
         if place.exists():
             if not place.is_dir() and not is_tar(place):
-                raise UserError(f"{path} is neither a folder nor a .tar file; name one of these")
+                problem = "is neither a folder nor a .tar file; name one of these"
+                raise UserError(f"{path} {PACKED if is_packed(place) else problem}")
             matches = [place]
         elif glob.has_magic(path):
             names = sorted(glob.glob(str(place), recursive=True), key=natural)
@@ -137,7 +146,8 @@ def tar_members(path, problems=None):
     except OSError as error:
         raise BadMember(f"cannot be read: {error.strerror or error}") from error
     except tarfile.ReadError as error:
-        problem = f"is no tar file, or damaged: {error}"
+        packed = read_range(path, 0, min(whole, 6)).startswith(MAGIC)
+        problem = PACKED if packed else f"is no tar file, or damaged: {error}"
     # A damaged header can hold anything: ValueError, OverflowError, RecursionError …
     except Exception as error:
         problem = f"is damaged: {error!r}"
@@ -190,7 +200,7 @@ def read_range(path, offset, size):
 # ---- the kept index of a tar -----------------------------------------------------------------
 
 # Indexes of another number were made by other rules.
-RULES = 1
+RULES = 2
 
 
 def kept_index(path, make):

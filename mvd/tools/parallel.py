@@ -170,6 +170,15 @@ def _everybody():
             "another process of this run has ended or does not answer; see what it printed, then "
             "go on with the same command and --resume") from error
 
+def gathered(items):
+    """The items of all ranks' lists in one list, in every rank."""
+    if ranks() == 1:
+        return items
+    lists = [None] * ranks()
+    with _everybody():
+        dist.all_gather_object(lists, items)
+    return [item for one in lists for item in one]
+
 # ---- functions -------------------------------------------------------------------------------
 
 

@@ -220,7 +220,7 @@ def load_checkpoint(path):
     state = None
     try:
         # torch.save writes a zip file. The old format, which is not one, is not tried.
-        if zipfile.is_zipfile(path):
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip() is None:
             state = torch.load(path, map_location="cpu", weights_only=True)
     # Damaged bytes can lead torch.load to any error. It is not kept: gigabytes may hang on it.
     except Exception:
