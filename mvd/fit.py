@@ -175,12 +175,6 @@ def fit(phase, model, s, out, state=None):
             held = {**steps.state_dict(), **phase.more()}
             run.save_checkpoint(out / run.CHECKPOINT, {"phase": phase.name, "step": done, **held})
 
-    def end(done, code):
-        if parallel.is_first():
-            print(f"interrupted in phase {phase.name} after {done} of {plan.steps} steps")
-            print(run.GO_ON)
-        raise cli.interruption(code)
-
     first = parallel.is_first()
     with cli.interrupt_flag() as interrupted, side_stream(device):
         left = range(start, plan.steps)
@@ -189,7 +183,7 @@ def fit(phase, model, s, out, state=None):
             parts, code = next_parts(plan, step, stream, interrupted.code)
             if code:
                 save(step)
-                end(step, code)
+                end(phase, step, code)
             steps.set(step)
             kind, done = plan.kinds[step], step + 1
             progress.add(kind, steps.take(kind, parts), plan.views[kind])
@@ -212,8 +206,16 @@ def fit(phase, model, s, out, state=None):
                     save(done)
     code = parallel.worst(interrupted.code)
     if code:
-        end(plan.steps, code)
+        end(phase, plan.steps, code)
     steps.vector.theta.data.copy_(steps.vector.average)
+
+
+def end(phase, done, code):
+    """End the run after a signal, when the checkpoint is written."""
+    if parallel.is_first():
+        print(f"interrupted in phase {phase.name} after {done} of {phase.plan.steps} steps")
+        print(run.GO_ON)
+    raise cli.interruption(code)
 
 
 def next_parts(plan, step, stream, code):
