@@ -57,15 +57,17 @@ def test_all_layouts_give_the_same_camera_numbers(run, tmp_path):
     assert found[-1]["fov_assumed"]
 
 
-def test_what_mvd_toyworld_writes_is_two_paths(run, tmp_path):
+def test_what_mvd_toyworld_writes_is_one_report_with_both(run, tmp_path):
     write(tmp_path / "sets/000000", layout_files("trellis", 0, captions=()))
     (tmp_path / "sets/captions.json").write_text('{"000000": ["a ball", "ball"]}')
     write(tmp_path / "images", {
         "000000.png": encoded(pictures(0)[0]), "000001.png": b"no picture",
         "metadata.jsonl": b'{"file_name": "000000.png", "captions": ["one", "two"]}\n'
                           b'{"file_name": "000001.png", "captions": ["three"]}\n'})
-    objects, images = reports(run(tmp_path, "--json")[0])
-    assert objects["path"].endswith("sets") and objects["usable_objects"] == 1
+    objects, = reports(run(tmp_path, "--json")[0])
+    images = objects["of_images"]
+    assert objects["path"] == str(tmp_path) and objects["usable_objects"] == 1
+    assert objects["images"] == 2 and len(objects["camera"]) > 1
     assert objects["captions"]["wordings"] == 2
     assert images["path"].endswith("images") and images["kind"] == "images"
     assert images["images"] == 2 and images["pictures"] == 1

@@ -323,14 +323,23 @@ def reasons_of(report):
 
 # ---- the command -----------------------------------------------------------------------------
 
-def parts_of(paths):
-    """The paths, with the two folders that mvd.toyworld writes in place of the one above them."""
-    for path in paths:
-        parts = [Path(path) / name for name in ("sets", "images")]
-        if all(part.is_dir() for part in parts) and not (Path(path) / "index.jsonl").exists():
-            yield from map(str, parts)
-        else:
-            yield path
+def parts_of(path):
+    """The path, or the two folders in it that mvd.toyworld writes: [text]."""
+    parts = [Path(path) / name for name in ("sets", "images")]
+    if all(part.is_dir() for part in parts) and not (Path(path) / "index.jsonl").exists():
+        return [str(part) for part in parts]
+    return [path]
+
+
+def in_one(path, reports):
+    """The reports on the parts of a path as one: that on objects, and in it that on images."""
+    if len(reports) == 1:
+        return reports[0]
+    objects, images = reports
+    both = {**objects, "path": path, "images": images.get("images", 0), "of_images": images}
+    if "error" in images:
+        both.setdefault("error", images["error"])
+    return both
 
 
 def read_flags():
@@ -361,16 +370,19 @@ def main():
     """The command: print a report for each path. Raises UserError, the first one's, at the end."""
     settings = read_flags()
     errors = []
-    for path in parts_of(settings.paths):
-        try:
-            report = report_on(path, settings)
-        except UserError as error:
-            errors.append(error)
-            report = {"path": path, "error": " ".join(str(error).split())}
+    for path in settings.paths:
+        reports = []
+        for part in parts_of(path):
+            try:
+                report = report_on(part, settings)
+            except UserError as error:
+                errors.append(error)
+                report = {"path": part, "error": " ".join(str(error).split())}
+            reports.append(report)
+            if not settings.json:
+                print_report(report, settings)
         if settings.json:
-            print(json.dumps(report), flush=True)
-        else:
-            print_report(report, settings)
+            print(json.dumps(in_one(path, reports)), flush=True)
     if errors:
         raise errors[0]
 
