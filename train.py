@@ -451,8 +451,8 @@ class Training:
     def plan(self, shares, sizes, pictures, steps):
         """The batches of a phase."""
         return data.Plan(
-            self.s.seed, shares, sizes, steps, pictures, self.s.accumulate, parallel.rank(),
-            parallel.ranks(),
+            seed=self.s.seed, shares=shares, sizes=sizes, steps=steps, pictures=pictures,
+            accumulate=self.s.accumulate, rank=parallel.rank(), ranks=parallel.ranks(),
         )
 
     # ---- the autoencoder, or its decoder ----
@@ -668,6 +668,8 @@ def read_state(s, out):
         raise UserError(
             f"{out / run.CHECKPOINT} was written by an older version of mvd; {run.ANEW}"
         )
+    if s.resume and not state and parallel.is_first():
+        print("there is no checkpoint yet: the run begins anew")
     state = state or {"phase": None, "step": 0}
     before = s.vae_steps if state["phase"] == "unet" else 0
     if parallel.is_first():

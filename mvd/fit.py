@@ -21,8 +21,11 @@ from .tools.optimizer import Rounded, Vector, adamw, exchanged, learning_rate, s
 from .tools.progress import QUARTERS, Progress
 
 LOG_EVERY = 100
-# What the bar shows of a row of the log.
-ON_BAR = ("multiview", "single", "views_per_s")
+# What the bar shows of a row of the log, as far as there is room.
+ON_BAR = (
+    "multiview", "single", "views_per_s", "share_of_speed", "memory_gib", "gradient_norm", "lr",
+    "multiview_by_noise", "single_by_noise",
+)
 # So many steps in a row whose loss is not finite stop a run.
 MOST_FAILURES = 10
 # Beside the signals' numbers, as the code of a process: it cannot go on.
@@ -196,7 +199,7 @@ def fit(phase, model, s, out, state=None):
                 place = dict(phase=phase.name, step=phase.first + done, lr=steps.rate)
                 if first:
                     run.log(out / "log.jsonl", **place, **row)
-                bar.set_postfix({name: f"{row[name]:.3g}" for name in ON_BAR if name in row})
+                bar.set_postfix(on_bar({**place, **row}))
             with progress.pause():
                 shown = done % s.sample_every == 0 or (last and plan.steps > s.sample_every)
                 if shown and first:
@@ -208,6 +211,16 @@ def fit(phase, model, s, out, state=None):
     if code:
         end(phase, plan.steps, code)
     steps.vector.theta.data.copy_(steps.vector.average)
+
+
+def on_bar(row):
+    """What the bar shows of a row of the log: {name: text}; four losses as 0.1/0.2/0.3/0.4."""
+    texts = {}
+    for name in ON_BAR:
+        if name in row:
+            values = row[name] if isinstance(row[name], list) else [row[name]]
+            texts[name] = "/".join("-" if v is None else f"{v:.3g}" for v in values)
+    return texts
 
 
 def end(phase, done, code):

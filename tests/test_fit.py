@@ -268,3 +268,10 @@ def test_a_lost_run_names_the_last_good_checkpoint_and_goes_on_from_it(tmp_path,
     assert MVDream.load(out / "model.safetensors").config.vae.scale_factor > 0
     row = run.read_log(out / "log.jsonl")[-1]
     assert row["step"] == 20 and "skipped" not in row
+
+
+def test_the_bar_shows_numbers_and_losses_by_quarter():
+    by_noise = [0.5, None, 2.0, 1 / 3]
+    row = {"step": 3, "multiview": 0.12345, "multiview_by_noise": by_noise, "lr": 1e-5}
+    shown = {"multiview": "0.123", "lr": "1e-05", "multiview_by_noise": "0.5/-/2/0.333"}
+    assert fit.on_bar(row) == shown
