@@ -148,16 +148,25 @@ MAY_CHANGE = (
 )
 
 
+def first_config(flags):
+    """The ModelConfig that --init, or else the preset, begins with."""
+    return read_config(flags.init) if flags.init else PRESETS[flags.preset].model
+
+
 def default_settings(flags):
     """What --init or the preset changes of the defaults."""
-    if flags.init:
-        size = min(read_config(flags.init).size, LARGEST)
-        return "--init (FROM_INIT in train.py)", {**FROM_INIT, "size": size}
-    if flags.preset not in PRESETS:
+    if not flags.init and flags.preset not in PRESETS:
         return "", {}  # the parser will say so
-    model = PRESETS[flags.preset].model
-    place, changes = presets.settings_for("train", model)
-    changes = {"size": model.size, **changes}
+    return settings_of(flags, first_config(flags))
+
+
+def settings_of(flags, config):
+    """What a model changes of the defaults: (where it stands, {setting: value})."""
+    if flags.init:
+        size = min(config.size, LARGEST)
+        return "--init (FROM_INIT in train.py)", {**FROM_INIT, "size": size}
+    place, changes = presets.settings_for("train", config)
+    changes = {"size": config.size, **changes}
     if flags.autoencoder:
         changes["vae_steps"] = 0
     return place, changes
@@ -257,7 +266,7 @@ def workers_of(s, pictures):
     return max(1, os.cpu_count() // local_ranks() - 1) if pictures > FEW_PICTURES else 0
 
 
-def all_captions(objects, images):
+def captions_in_files(objects, images):
     """All captions of all items, one after the other."""
     for source in filter(None, (objects, images)):
         for i in tqdm(range(len(source)), desc="captions", leave=False, delay=1):
@@ -300,11 +309,14 @@ class Training:
         if parallel.is_first():
             for f in found:
                 print(f.line())
-        captions = self.read() if self.in_memory else self.open()
-        self.model = load_model(s, captions(), device)
+        if in_memory:
+            self.read()
+        else:
+            self.open()
+        self.model = load_model(s, self.captions(), device)
         self.new_rows = None
         if s.init:
-            self.learn_words(captions())
+            self.learn_words(self.captions())
         self.model.unet.requires_grad_(True)  # what --init loads, it loads for inference
         self.unrounded = {}
         if s.init and not s.vae_steps and device.type == "cuda":
@@ -316,7 +328,7 @@ class Training:
     # ---- reading ----
 
     def read(self):
-        """Hold everything in memory; a function that gives all captions."""
+        """Hold everything in memory."""
         s = self.s
         with tqdm(
             total=self.pictures, desc="reading", unit="picture", disable=not parallel.is_first()
@@ -327,14 +339,18 @@ class Training:
             )
         self.tally.add(self.held.left_out, 0)
         self.check_counts(len(self.held.object_names), len(self.held.image_names))
-        return lambda: chain(*self.held.object_captions, *self.held.image_captions)
 
     def open(self):
-        """Read from files at every step; a function that gives all captions."""
+        """Read from files at every step."""
         self.held = None
         self.tally = data.Tally(self.pictures)  # of what is read from now on
         self.check_counts(len(self.objects or ()), len(self.images or ()))
-        return lambda: all_captions(self.objects, self.images)
+
+    def captions(self):
+        """All captions of all items, one after the other."""
+        if self.in_memory:
+            return chain(*self.held.object_captions, *self.held.image_captions)
+        return captions_in_files(self.objects, self.images)
 
     def check_counts(self, objects, images):
         """Say which kinds of batches there can be. Raises UserError if there is none."""
@@ -492,7 +508,7 @@ class Training:
         phase = fit.Phase(
             name="vae", module=learning, loss=self.vae_loss, plan=plan,
             stream=lambda start: self.feed.stream(plan, "vae", start), peak_lr=s.vae_lr, first=0,
-            show=self.show_vae, names=NAMES, more=self.more, report=self.log_left_out,
+            show=self.show_vae, names=NAMES, report=self.log_left_out,
         )
         fit.fit(phase, self.model, s, self.out, state)
 
@@ -686,11 +702,10 @@ def check_same(lowest, highest, out):
         )
 
 
-def hold_all(s, found, device):
+def hold_all(s, found, config, device):
     """Is all data held in memory? A run that goes on does as it did; processes do the same."""
     fits = was_in_memory(s)
     if fits is None:
-        config = read_config(s.init) if s.init else PRESETS[s.preset].model
         fits = fits_in_memory(s, found, config, device)
     return not parallel.worst(int(not fits))
 
@@ -718,7 +733,9 @@ def main(argv=None):
     tune_cuda(tf32=True)
     parallel.together(lambda: check_settings(s))
     sources = parallel.together(lambda: find_data(s))
-    in_memory = hold_all(s, sources[2], device)
+    first = parallel.together(lambda: first_config(s))
+    usual = settings_of(s, first)
+    in_memory = hold_all(s, sources[2], first, device)
     training = parallel.together(lambda: prepare(s, device, sources, in_memory))
     model = training.model
     config = {**asdict(s), **resumable(s, training)}
@@ -730,7 +747,7 @@ def main(argv=None):
     lowest, highest = -parallel.worst(-step), parallel.worst(step)
     parallel.together(lambda: check_same(lowest, highest, out))
     if parallel.is_first():
-        cli.print_changes(s, *default_settings(s))
+        cli.print_changes(s, *usual)
     training.begin()
     if "vae" in state:
         model.vae.load_state_dict(state["vae"])

@@ -14,7 +14,7 @@ import torch
 
 from .latents import encode_posteriors, on_grey, posteriors_of, sample_posterior, token_table
 from .loader import Request, batches
-from .order import Dice, hashed, items_at, shifted
+from .order import Dice, hashed, items_at, uniform
 
 
 # ---- which batch comes when ------------------------------------------------------------------
@@ -38,8 +38,7 @@ class Plan:
     def __post_init__(self):
         """kinds[step]; before[step]: how many earlier steps had the same kind; views[kind]."""
         names = list(self.shares)
-        number = hashed(self.seed, "kind", torch.arange(self.steps))
-        u = shifted(number, 11).double() / 2**53
+        u = uniform(self.seed, "kind", torch.arange(self.steps))
         ends = torch.tensor(list(self.shares.values()), dtype=torch.float64).cumsum(0)
         drawn = torch.bucketize(u * ends[-1], ends[:-1], right=True)
         self.kinds = [names[i] for i in drawn.tolist()]
@@ -95,13 +94,14 @@ class FromMemory:
 
     def stream(self, plan, phase, start):
         """The items of each part, (int64 [n],): views or images for the autoencoder, else items."""
+        learned = self.learned
+        if phase == "vae":
+            learned = {kind: torch.arange(len(rgba)) for kind, rgba in self.rgba.items()}
+        seeds = {kind: hashed(self.seed, kind) for kind in learned}
         for step, part in plan.parts(start):
             kind = plan.kinds[step]
-            learned = self.learned[kind]
-            if phase == "vae":
-                learned = torch.arange(len(self.rgba[kind]))
-            at = items_at(len(learned), hashed(self.seed, kind), plan.places(step, part))
-            yield (learned[at],)
+            items = learned[kind]
+            yield (items[items_at(len(items), seeds[kind], plan.places(step, part))],)
 
     def batch_of(self, items):
         """What `stream` yields for these objects."""
@@ -110,8 +110,8 @@ class FromMemory:
     def some_pictures(self, count):
         """Pictures to show, three quarters of them rendered: uint8 [count, 4, H, W]."""
         shown = []
-        for kind, rgba in self.rgba.items():
-            wanted = count * 3 // 4 if kind == "objects" else count - count * 3 // 4
+        for kind, wanted in shown_of(count).items():
+            rgba = self.rgba[kind]
             if len(rgba):
                 shown.append(rgba[torch.arange(wanted) * len(rgba) // wanted])
         return torch.cat(shown)
@@ -159,6 +159,12 @@ class FromMemory:
         wording = dice.below("wording", tokens.shape[1])
         noise = dice.normal("posterior", (*which.shape[1:], *noise_shape(posterior)))
         return sample_posterior(posterior, noise), tokens[items, wording], camera
+
+
+def shown_of(count):
+    """How many pictures of each kind are shown, of so many in all."""
+    rendered = count * 3 // 4
+    return {"objects": rendered, "images": count - rendered}
 
 
 def noise_shape(posterior):
@@ -221,12 +227,12 @@ class FromFiles:
 
     def some_pictures(self, count):
         """Pictures to show, three quarters of them rendered: uint8 [count, 4, H, W]."""
-        V = self.examples.views
-        wanted = {"objects": -(-count * 3 // 4 // V), "images": count - count * 3 // 4}
         shown = []
-        for kind, number in wanted.items():
+        for kind, wanted in shown_of(count).items():
+            if kind == "objects":
+                wanted = -(-wanted // self.examples.views)  # whole sets
             if len(self.examples.chosen[kind]):
-                batch = self.examples[Request(kind, tuple(range(number)))]
+                batch = self.examples[Request(kind, tuple(range(wanted)))]
                 shown.append(batch.rgba.flatten(0, 1))
         return torch.cat(shown)
 

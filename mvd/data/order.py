@@ -44,8 +44,8 @@ def hashed(*values):
 
 
 def uniform(*values):
-    """A number in [0, 1) for these values, as in `hashed`: a float."""
-    return shifted(hashed(*values), 11).item() / 2**53
+    """Numbers in [0, 1) for these values, which are as in `hashed`: float64."""
+    return shifted(hashed(*values), 11).double() / 2**53
 
 
 # ---- the order of the items ------------------------------------------------------------------
@@ -71,11 +71,6 @@ def items_at(count, seed, positions):
     while (items >= count).any():
         items = torch.where(items >= count, encrypt(items), items)
     return items
-
-
-def item_at(count, seed, position):
-    """The item at one place: `items_at` for whole numbers."""
-    return items_at(count, seed, torch.tensor([position])).item()
 
 
 # ---- the random numbers of a batch -----------------------------------------------------------
