@@ -32,6 +32,7 @@ class Parser(argparse.ArgumentParser):
     """argparse whose complaint is one line, and which prints in one of several processes."""
 
     def error(self, message):
+        """End with the complaint in one line, and exit status 2."""
         hint = "see --help"
         if "unrecognized" in message:
             hint = "put a text of several words in quotes, or see --help"

@@ -168,6 +168,7 @@ class GraphedStep:
         return self.result
 
     def capture(self, arguments):
+        """Record the step as a graph, with copies of these tensors as what it reads."""
         self.inputs = [argument.clone() for argument in arguments]
         self.graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.current_stream()
