@@ -17,7 +17,7 @@ Not in the paper: a model that has seen few words hardly tells "a [v] bulldog" f
 and draws the subject for both. Three terms help; they are off unless a preset turns them on.
 --identifier-lr lets the row of [v] in the text tower learn, too. --class-preservation holds what
 the UNet makes of the prompt without [v]. --text-preservation holds what the text tower makes of
-the rest of a prompt, so that a learned [v] does not drown it.
+the rest of a prompt, so that a learned [v] does not drown it; its weight grows during the run.
 """
 from dataclasses import asdict, dataclass
 
@@ -87,8 +87,8 @@ class DreamBoothSettings:
     )
     text_preservation: float = setting(
         0.0,
-        "if that row learns, weight of the loss that keeps what the text tower makes of the rest "
-        "of a prompt",
+        "if that row learns, weight at the end (it grows from 0) of the loss that keeps what the "
+        "text tower makes of the rest of a prompt",
         min=0,
     )
     flips: bool = setting(False, "show the photos mirrored, too: only if the subject is symmetric")
@@ -205,6 +205,8 @@ class FineTuning:
         self.theta0 = {name: w.detach().clone() for name, w in self.theta.items()}
         self.optimizer = adamw(groups, betas=(0.9, 0.999))
         self.in_bfloat16 = Rounded(model.unet)
+        # The weight of the text loss. A tensor, so that a CUDA graph reads what `anneal` wrote.
+        self.text_preservation = torch.zeros((), device=self.device)
         # Which rows of the table are the identifier's, [rows, 1].
         self.own_rows = torch.zeros(len(self.table.weight), 1, device=self.device)
         self.own_rows[model.text.word_rows(s.identifier)] = 1
@@ -239,7 +241,7 @@ class FineTuning:
         context = subject.contexts[wording]  # [B, L, D]
         if s.identifier_lr:
             context = self.model.text(subject.tokens[wording])
-            of_text = s.text_preservation * self.text_loss(context, wording)
+            of_text = self.text_preservation * self.text_loss(context, wording)
         # No camera: the 2D mode.
         return diffusion.denoising_loss(unet, x0, context), of_class, of_text
 
@@ -257,10 +259,13 @@ class FineTuning:
         self.optimizer.zero_grad(set_to_none=True)
         return torch.cat([torch.stack([loss, of_class, of_text]).detach(), measured])
 
-    def set_rates(self, step):
-        """The learning rates of a step, 0..steps - 1."""
-        if self.s.cosine:
-            rates = [learning_rate(step, self.s.steps, peak) for peak in self.rates]
+    def anneal(self, step):
+        """Set what changes in the course of a run. step: 0..steps - 1."""
+        s = self.s
+        # Large from the start, it keeps some subjects from being learned.
+        self.text_preservation.fill_(s.text_preservation * step / s.steps)
+        if s.cosine:
+            rates = [learning_rate(step, s.steps, peak) for peak in self.rates]
             set_rates(self.optimizer, *rates)
 
     def state_dict(self):
@@ -296,7 +301,7 @@ def finetune(model, subject, s, out, state=None, *, show=None):
     with cli.interrupt_flag() as interrupted, side_stream(tuning.device):
         bar = tqdm(range(start, s.steps), initial=start, total=s.steps, desc=s.prompt)
         for step in bar:
-            tuning.set_rates(step)
+            tuning.anneal(step)
             sums += graphed()
             count += 1
             done = step + 1

@@ -114,7 +114,7 @@ TINY = Preset(
         class_preservation=1.0,
         # Its text tower has seen 65 words, and hardly hears a new one.
         identifier_lr=1e-2,
-        text_preservation=0.03,
+        text_preservation=0.12,
     ),
 )
 

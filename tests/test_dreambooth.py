@@ -174,8 +174,8 @@ class ByHand:
         change = self.unet(x_t, t, context) - self.frozen(x_t, t, context)
         return self.s.class_preservation * change.square().mean()
 
-    def loss_of_photos(self):
-        """The diffusion loss, and the text loss of all tokens but "phol"."""
+    def loss_of_photos(self, step):
+        """The diffusion loss, and the growing text loss of all tokens but "phol"."""
         z, wording = self.photos()
         tokens = self.subject.tokens[wording]
         rows = torch.arange(len(self.table))[:, None]
@@ -184,18 +184,18 @@ class ByHand:
         change = (context - self.subject.contexts[wording]).square().sum(2)
         beside = change[tokens != self.row].sum() / context.numel()
         loss = diffusion.denoising_loss(self.unet, z, context)
-        return loss + self.s.text_preservation * beside
+        return loss + step / self.s.steps * self.s.text_preservation * beside
 
     def run(self):
         s = self.s
         unet = {"params": self.weights, "lr": s.lr, "weight_decay": 0.01}
         word = {"params": [self.word], "lr": s.identifier_lr, "weight_decay": 0.0}
         adam = torch.optim.AdamW([unet, word])
-        for _ in range(s.steps):
+        for step in range(s.steps):
             loss = self.preservation()
             if s.class_preservation:
                 loss = loss + self.class_loss()
-            loss = loss + self.loss_of_photos()
+            loss = loss + self.loss_of_photos(step)
             adam.zero_grad()
             loss.backward()
             adam.step()
@@ -205,8 +205,8 @@ class ByHand:
     (0.0, 0.0, 0.0),
     (100.0, 0.0, 0.0),
     (100.0, 1e-2, 0.0),
-    (0.0, 1e-2, 0.01),
-    (100.0, 1e-2, 0.003),
+    (0.0, 1e-2, 0.02),
+    (100.0, 1e-2, 0.006),
 ])
 def test_a_step_is_adamw_on_every_loss(model, tmp_path, of_class, identifier_lr, of_text):
     """Two steps: at θ0 no preservation loss has a gradient, one step later all have."""
@@ -282,6 +282,24 @@ def test_the_rates_fall_along_the_cosine(folder, tmp_path):
     for constant, falling, factor in zip(moves(False), moves(True), (1, 10)):
         assert constant > 3e-3 * factor
         assert 0.5 * rates * factor < falling <= 1.05 * rates * factor < 2.7e-3 * factor
+
+
+def test_the_text_loss_grows_in_a_straight_line_from_zero(model, tmp_path, monkeypatch):
+    """A row of [v] that has moved, and moves no more: the text loss changes by its weight alone."""
+    names = ["a phol bulldog"]
+    subject = subject_of(model, torch.rand(1, 3, 1, 16, 8, 8), names, ["a bulldog"])
+    (row,) = model.text.word_rows("phol")
+    model.text.token_embedding.weight[row].neg_()
+    apart = model.text(subject.tokens) - subject.contexts
+    whole = 0.5 * apart[subject.tokens != row].square().sum().item() / apart.numel()
+    assert whole > 0.01
+    logged = []
+    monkeypatch.setattr(dreambooth, "LOG_EVERY", 1)
+    monkeypatch.setattr(run, "log", lambda path, **numbers: logged.append(numbers["text_loss"]))
+    s = settings(steps=5, lr=0.0, identifier_lr=1e-12, text_preservation=0.5)
+    dreambooth.finetune(model, subject, s, tmp_path)
+    expected = [step / 5 * whole for step in range(5)]
+    assert logged == pytest.approx(expected, rel=1e-3), "not 0, 1/5, 2/5, ... of the text loss"
 
 
 @pytest.mark.parametrize("killed_at, flags", [(1, []), (3, []), (4, LEARNED)])
