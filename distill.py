@@ -44,6 +44,8 @@ from mvd.tools.vocabulary import known_part
 # The grey behind the results.
 PICTURE_GREY = 0.8
 LOG_EVERY = 10
+# What the progress pictures show, for the page.
+PROGRESS = "Progress: the render, with noise, what the model believes it shows, the difference"
 # Steps before the first picture, and before anything is compiled.
 FIRST_LOOK = 20
 # A run of fewer steps is too short to make up for compiling.
@@ -81,21 +83,24 @@ def view_from(distillation, azimuths, size, *, normals=False, elevation=15.0, fo
     return views, dict(elevation=elevation, azimuth=azimuths, fov=fov, distance=distance)
 
 
-def show_progress(distillation, x0_hat, out, done):
-    """Write progress/<step>.png: the field from all sides of a set, and below it x̂_0 of a step.
+def show_progress(distillation, step, out, done):
+    """Write progress/<step>.png: a row per view, and the method from left to right.
 
-    x0_hat [B, V, c, h, w]: what the model took for the clean latents of the step's own views.
+    The columns are the render; the same with noise, x_t; what the model takes it for, x̂_0; and
+    the difference of this and the render, which the field is to follow (grey: none). x_t and x̂_0
+    are latents, which are decoded. step: the sds.Step that was just taken; of its first set.
     """
-    s = distillation.s
-    azimuths = torch.arange(s.views) * 360 / s.views
-    field, _ = view_from(distillation, azimuths, s.coarse_size)
+    s, model = distillation.s, distillation.model
+    latents = torch.cat([step.x_t[:1], step.x0_hat[:1]])  # [2, V, c, h, w]
     # Not worth compiling a decoder for.
     with torch.no_grad(), without_cudnn_search(), torch.compiler.set_stance("force_eager"):
-        believed = distillation.model.decode(x0_hat[:1])[0].float() / 2 + 0.5
-    believed = torch.nn.functional.interpolate(believed, s.coarse_size, mode="area")
-    rows = torch.cat([field.rgb, believed.clamp(0, 1)])
-    pictures.save_png(out / "progress" / f"{done:06d}.png", pictures.grid(rows, s.views))
-    figures = {"Progress: the field, and what the model believes": progress_files(out)}
+        noisy, believed = model.decode(latents).float()
+    render = step.images[0].float()
+    columns = torch.stack([render, noisy, believed, believed - render], 1)  # [V, 4, 3, H, W]
+    shown = (columns / 2 + 0.5).clamp(0, 1).flatten(0, 1)
+    shown = torch.nn.functional.interpolate(shown, model.config.size // 2, mode="area")
+    pictures.save_png(out / "progress" / f"{done:06d}.png", pictures.grid(shown, 4))
+    figures = {PROGRESS: progress_files(out)}
     write_page(out, s.prompt, f"{done} of {s.steps} steps", asdict(s), figures, live=True)
     # A picture's allocations vary in size: give their memory back to the step.
     torch.cuda.empty_cache()
@@ -168,7 +173,7 @@ def write_results(distillation, out, size, done):
     rows = run.read_log(out / "log.jsonl")
     figures = {
         "From eight sides": [out / "views.png"],
-        "Progress: the field, and what the model believes": progress_files(out),
+        PROGRESS: progress_files(out),
         "Normals": [out / "normals.png"],
         "Depth": [out / "depth.png"],
     }
@@ -253,7 +258,7 @@ def distill(s, prompts, model, out, state=None):
                 log_step(out, done, result, distillation)
                 bar.set_postfix(loss=f"{result.loss.item():.2f}")
             if done % show_every == 0 or (done == FIRST_LOOK and s.steps > FIRST_LOOK):
-                show_progress(distillation, result.x0_hat, out, done)
+                show_progress(distillation, result, out, done)
             if done % s.save_every == 0 or done == s.steps or interrupted.is_set():
                 state = {"step": done, **distillation.state_dict(), "random": random_state()}
                 run.save_checkpoint(out / run.CHECKPOINT, state)

@@ -146,7 +146,16 @@ class NeRF(nn.Module):
         return (F.softplus(raw + blob) * inside)[:, 0]
 
     def with_normals(self, x):
-        """x [N, 3] -> density [N], albedo [N, 3], normals [N, 3] = -grad density, of unit length.
+        """x [N, 3] -> density [N], albedo [N, 3], normals [N, 3]: `forward` and `normals`."""
+        density, normals, features = self.geometry(x)
+        return density, self.to_albedo(features).sigmoid(), normals
+
+    def normals(self, x):
+        """x [N, 3] -> -grad density [N, 3], of unit length; near 0 where the density is flat."""
+        return self.geometry(x)[1]
+
+    def geometry(self, x):
+        """x [N, 3] -> density [N], normals [N, 3] as of `normals`, features [N, F] of the encoding.
 
         The gradient is the chain rule written out, so that training through the normals takes first
         derivatives only. With u = (x + 1) / 2, f = encoding(u) and raw = W2 relu(W1 f):
@@ -172,7 +181,7 @@ class NeRF(nn.Module):
         # -softplus' is exp(-density) - 1, which makes the gradient the normal's direction.
         downhill = torch.expm1(-density)[:, None] * gradient
         normals = F.normalize(downhill, dim=-1, eps=1e-6)
-        return density, self.to_albedo(features).sigmoid(), normals
+        return density, normals, features
 
     def background(self, directions):
         """The colour behind the object: unit directions [..., 3] -> [..., 3] in [0, 1]."""

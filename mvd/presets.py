@@ -95,6 +95,7 @@ TINY = Preset(
         # It was trained on grey backgrounds.
         random_background=1.0,
         grey_background=True,
+        smooth_points=512,
         levels=8,
         log2_entries=15,
         coarsest=8,

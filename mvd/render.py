@@ -4,7 +4,7 @@
 2. Where to look: `march_rays` finds the steps of all rays that are worth a sample,
    `select_samples` fits them into a fixed number of slots.
 3. What is seen: `composite`, the volume rendering equation (NeRF, eq. 3).
-4. Light: `shade` and `orientation_loss`, where training wants shading.
+4. Light: `shade` and `orientation_loss`, where training wants shading; `smoothness_loss`.
 5. The whole: `render_rays` for training, `render_views` for pictures.
 
 Rule for all that a training step calls, so that a CUDA graph can hold it: no shape depends on data,
@@ -269,7 +269,7 @@ def composite(samples, density, values, ray_count):
     return weights, sums[:, :-2], sums[:, -2], sums[:, -1]
 
 
-# ---- 4. light --------------------------------------------------------------------------------
+# ---- 4. light, and the shape under it --------------------------------------------------------
 
 @dataclass
 class Shading:
@@ -315,6 +315,29 @@ def orientation_loss(weights, normals, directions, opacity):
     away = (normals * directions).sum(-1).clamp(min=0) ** 2
     hits = (opacity.detach() > 0).sum().clamp(min=1)
     return (weights.detach() * away).sum() / hits
+
+
+def draw_seen_points(samples, weights, count, phase):
+    """Points that the rays see: `count` of the samples' positions, [count, 3].
+
+    The chance of a sample is in proportion to its weight. The draw is systematic: point i lies
+    where the running sum of the weights [S] reaches the share (i + phase) / count of the whole, so
+    that the points spread evenly over all rays. phase: a tensor [] in [0, 1).
+    """
+    reached = weights.detach().cumsum(0)
+    share = (torch.arange(count, device=weights.device) + phase) / count
+    index = torch.searchsorted(reached, share * reached[-1]).clamp(max=len(weights) - 1)
+    return samples.position[index]
+
+
+def smoothness_loss(nerf, points, offsets):
+    """How far surfaces turn within a small distance: the mean of ‖n(x) - n(x + δ)‖², [].
+
+    points x, offsets δ [P, 3]; n: the field's unit normals. With points of `draw_seen_points` it
+    is the mean over what is seen, as sum of w ‖n(x) - n(x + δ)‖² / sum of w over all samples.
+    """
+    here, beside = nerf.normals(torch.cat([points, points + offsets])).chunk(2)
+    return ((here - beside) ** 2).sum(-1).mean()
 
 
 # ---- 5. the whole ----------------------------------------------------------------------------

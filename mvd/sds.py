@@ -27,6 +27,8 @@ NEGATIVE = (
 )
 # Weight of the orientation loss: at first, and from `shading_from` on, with a line between them.
 ORIENTATION = (10.0, 1000.0)
+# Of the smoothness loss: the deviation of the distance over which normals are compared.
+NEARBY = 0.02
 # Of random cameras (MVDream, appendix): degrees, degrees, and multiples of 1 / tan(fov/2).
 ELEVATION = (0.0, 30.0)
 FOV = (15.0, 60.0)
@@ -106,6 +108,8 @@ class DistillSettings:
     shading_from: float = setting(
         0.5, "share of the run before the light goes on", min=0, max=1
     )
+    smoothness: float = setting(10.0, "weight of the loss that keeps surfaces smooth", min=0)
+    smooth_points: int = setting(4096, "points at which a step takes that loss", min=1)
 
     # the field
     encoding: str = setting("hash", "how it encodes points", choices=tuple(ENCODINGS))
@@ -263,6 +267,7 @@ class Draws(NamedTuple):
     softness: torch.Tensor    # [] in [0, 1); None likewise
     jitter: torch.Tensor      # [R], see `render.draw_jitter`
     phase: torch.Tensor       # []
+    nearby: torch.Tensor      # [P, 3], from points to their neighbours; None without smoothness
 
 
 class Step(NamedTuple):
@@ -270,6 +275,8 @@ class Step(NamedTuple):
     loss: torch.Tensor        # [], the distillation loss
     gradient: torch.Tensor    # [], the norm of the field's gradient
     opacity: torch.Tensor     # [], the mean over all rays
+    images: torch.Tensor      # [B, V, 3, H, W] in [-1, 1], what was rendered
+    x_t: torch.Tensor         # [B, V, c, h, w], its latents with noise
     x0_hat: torch.Tensor      # [B, V, c, h, w], the predicted clean latents
 
 
@@ -349,13 +356,13 @@ class Distillation:
             light = render.draw_light(c2w[..., :3, 3])
         ray_count = stage.sets * s.views * stage.size**2
         jitter, phase = render.draw_jitter(ray_count, device)
-        return Draws(c2w, fov, colour, plain, light, lit_kind, softness, jitter, phase)
+        nearby = None
+        if s.smoothness:
+            nearby = NEARBY * torch.randn(s.smooth_points, 3, device=device)
+        return Draws(c2w, fov, colour, plain, light, lit_kind, softness, jitter, phase, nearby)
 
     def render_images(self, draws):
-        """The field's images [B, V, 3, H, W] in [-1, 1], mean opacity [], orientation loss.
-
-        The last is the number 0 without shading.
-        """
+        """The field's images [B, V, 3, H, W] in [-1, 1], mean opacity [], `penalty` []."""
         s, (size, sets, budget) = self.s, self.stage
         fov = draws.fov[:, None].expand(sets, s.views)
         origins, directions = cameras.rays(draws.c2w, fov, size)
@@ -378,12 +385,28 @@ class Distillation:
         images = F.interpolate(
             images, (pixels, pixels), mode="bilinear", antialias=size > pixels
         )
-        penalty = 0.0
+        images = (2 * images - 1).unflatten(0, (sets, s.views))
+        return images, seen.opacity.detach().mean(), self.penalty(seen, directions, draws)
+
+    def penalty(self, seen, directions, draws):
+        """What is asked of the shape itself: orientation, with shading, and smoothness; [].
+
+        The smoothness is ours: what the model judges are latents, for which a rough surface in the
+        right colours will do.
+        """
+        s = self.s
+        total = torch.zeros((), device=self.device)
         if s.shading:
             towards = directions[seen.samples.ray]
-            penalty = render.orientation_loss(seen.weights, seen.normals, towards, seen.opacity)
-        images = (2 * images - 1).unflatten(0, (sets, s.views))
-        return images, seen.opacity.detach().mean(), penalty
+            away = render.orientation_loss(seen.weights, seen.normals, towards, seen.opacity)
+            total = total + self.orientation * away
+        if s.smoothness:
+            points = render.draw_seen_points(
+                seen.samples, seen.weights, s.smooth_points, draws.phase
+            )
+            turn = render.smoothness_loss(self.nerf, points, draws.nearby)
+            total = total + s.smoothness * turn
+        return total
 
     def shading(self, draws):
         """The light of a step: albedo alone 25%, diffuse 37.5%, textureless 37.5% of the time."""
@@ -403,8 +426,9 @@ class Distillation:
         images, opacity, penalty = self.rendering(draws)
         # Set by set, as in `predict_sets`: a compiler sees one shape.
         latents = [self.model.encode(of_set, sample=True) for of_set in images.split(1)]
-        latents = torch.cat(latents)  # [B, V, c, h, w]
+        latents = torch.cat(latents).float().contiguous()  # [B, V, c, h, w]
         t = draw_time(self.t_low, self.t_high, sets, self.device)
+        noise = torch.randn_like(latents)
         camera = cameras.extrinsics(draws.c2w) if s.mode == "3d" else None
         loss, x0_hat = distillation_loss(
             self.model.unet,
@@ -415,14 +439,16 @@ class Distillation:
             guidance=s.guidance,
             rescale=s.rescale,
             kind=s.loss,
+            noise=noise,
         )
-        total = loss + self.orientation * penalty if s.shading else loss
+        x_t = diffusion.q_sample(latents.detach(), t, noise)
+        total = loss + penalty
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         gradients = [p.grad for p in self.nerf.parameters() if p.grad is not None]
         gradient = torch.nn.utils.get_total_norm(gradients)
         self.optimizer.step()
-        return Step(loss.detach(), gradient, opacity, x0_hat)
+        return Step(loss.detach(), gradient, opacity, images.detach(), x_t, x0_hat)
 
     def state_dict(self):
         """What a checkpoint holds of the field."""

@@ -211,7 +211,7 @@ def test_a_run_leaves_everything_behind(start, tmp_path, capsys):
     assert names == [f"{step:06d}.png" for step in range(1, 7)]
     for name in names:
         size = Image.open(out / "progress" / name).size
-        assert size == sheet_size(8, 4, 2), f"progress/{name} has not two rows of four"
+        assert size == sheet_size(16, 4, 4), f"progress/{name} has not four rows of four"
     for name, (columns, rows) in SHEETS.items():
         assert Image.open(out / name).size == sheet_size(32, columns, rows)
     assert Image.open(out / "turntable.webp").is_animated
@@ -309,24 +309,27 @@ def test_the_log_has_what_one_watches(start, monkeypatch, tmp_path):
     assert len(set(gradients)) == len(set(opacities)) == 6, "the case shows no change"
 
 
-def test_progress_shows_the_field_and_what_the_model_believes(start, model_file, steps, tmp_path):
-    assert start("run", "--steps", "1") == 0
-    (distillation, result), = steps
-    azimuths = torch.tensor([0.0, 90.0, 180.0, 270.0])
-    c2w = cameras.orbit(15.0, azimuths, 0.9 / math.tan(math.radians(20.0)))
-    field = render.render_views(
-        distillation.nerf, distillation.occupancy, c2w, 40.0, 8, background=0.8, step=0.1
-    )
-    believed = MVDream.load(model_file).decode(result.x0_hat)[0] / 2 + 0.5
-    # Of 32 pixels, each of 8 is the mean of 4².
-    believed = F.avg_pool2d(believed, 4).clamp(0, 1)
+def test_progress_shows_the_render_its_noise_the_belief_and_the_difference(
+    start, model_file, steps, tmp_path
+):
+    # A plain colour behind the field, so that something is to be seen.
+    assert start("run", "--steps", "1", "--random-background", "1") == 0
+    (_, result), = steps
+    model = MVDream.load(model_file)
+    render = result.images[0]
+    noisy, believed = model.decode(torch.cat([result.x_t[:1], result.x0_hat[:1]]))
+    columns = (render, noisy, believed, believed - render)
+    names = ("render", "x_t", "x̂_0", "difference")
     sheet = toy_data.read_png(tmp_path / "run" / "progress" / "000001.png")
-    for row, pictures in enumerate((field.rgb, believed)):
-        for column, expected in enumerate(pictures):
-            y, x = 10 * row, 10 * column
-            error = (sheet[:, y : y + 8, x : x + 8] - expected).abs().max()
-            assert error < 1 / 255, f"row {row}, column {column} shows something else"
-    assert field.rgb.std() > 0.01 and believed.std() > 0.01, "the case shows nothing"
+    # Of 32 pixels, each of 16 is the mean of 2².
+    assert sheet.shape[1:] == (4 * 18 - 2, 4 * 18 - 2), "not four columns of four views"
+    for column, (name, pictures) in enumerate(zip(names, columns)):
+        expected = F.avg_pool2d((pictures / 2 + 0.5).clamp(0, 1), 2)
+        assert expected.std() > 0.01, f"the case shows no {name}"
+        for view in range(4):
+            y, x = 18 * view, 18 * column
+            error = (sheet[:, y : y + 16, x : x + 16] - expected[view]).abs().max()
+            assert error < 1 / 255, f"view {view}: column {column} is not the {name}"
 
 
 def test_a_short_run_draws_no_picture_that_nobody_asked_for(start, tmp_path):
@@ -410,7 +413,7 @@ def test_the_number_of_views_is_a_flag(start, asked, tmp_path):
     torch.testing.assert_close(turns, torch.full((5,), 60.0), rtol=0, atol=1e-2)
     assert z.std() < 1e-4, "the views differ in elevation"
     sheet = Image.open(tmp_path / "run" / "progress" / "000001.png")
-    assert sheet.size == sheet_size(8, 6, 2)
+    assert sheet.size == sheet_size(16, 4, 6)
 
 
 # ---- settings --------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from mvd.hashgrid import HashGridConfig
 from mvd.nerf import NeRF, NeRFConfig
 from mvd.render import (
     DIAGONAL, OccupancyGrid, Samples, Shading, box_interval, composite, draw_jitter, draw_light,
-    march_rays, orientation_loss, render_rays, render_views, sample_rays, select_samples, shade)
+    draw_seen_points, march_rays, orientation_loss, render_rays, render_views, sample_rays,
+    select_samples, shade, smoothness_loss)
 
 
 class Ball:
@@ -34,7 +35,10 @@ class Ball:
 
     def with_normals(self, x):
         density, colour = self(x)
-        return density, colour, F.normalize(x - torch.tensor(self.centre), dim=-1)
+        return density, colour, self.normals(x)
+
+    def normals(self, x):
+        return F.normalize(x - torch.tensor(self.centre), dim=-1)
 
     def background(self, directions):
         return torch.full_like(directions, 0.25)
@@ -438,6 +442,59 @@ def test_orientation_loss_is_its_formula():
     loss.backward()
     assert weights.grad is None, "the loss must not move the weights"
     assert normals.grad.abs().sum() > 0
+
+
+def test_seen_points_are_drawn_by_their_weights():
+    torch.manual_seed(0)
+    weights = torch.rand(50) * (torch.rand(50) < 0.7)
+    position = torch.randn(50, 3)
+    nothing = torch.zeros(50)
+    samples = Samples(nothing, position, nothing, nothing)
+    counts = torch.zeros(50)
+    turns, count = 40, 100
+    for turn in range(turns):
+        phase = torch.tensor((turn + 0.5) / turns)
+        points = draw_seen_points(samples, weights, count, phase)
+        assert points.shape == (count, 3)
+        found = (points[:, None] == position).all(-1)
+        assert found.any(1).all(), "a point is not the position of a sample"
+        counts += found.sum(0)
+    assert (counts[weights == 0] == 0).all(), "a sample that nobody sees was drawn"
+    expected = turns * count * weights / weights.sum()
+    # A systematic draw hits every share of the whole to less than two points.
+    assert (counts - expected).abs().max() < 2, "the points do not follow the weights"
+
+
+def test_seen_points_where_nothing_is_seen():
+    samples = Samples(torch.zeros(9), torch.ones(9, 3), torch.zeros(9), torch.zeros(9))
+    points = draw_seen_points(samples, torch.zeros(9), 4, torch.tensor(0.3))
+    assert torch.equal(points, torch.ones(4, 3))
+
+
+def test_smoothness_of_a_ball():
+    # Two points at an angle of a degrees, seen from the centre: ‖n - n'‖ = 2 sin(a / 2).
+    angles = torch.deg2rad(torch.tensor([0.0, 10.0, 60.0, 180.0]))
+    points = torch.tensor([[0.5, 0.0, 0.0]]).expand(4, 3)
+    others = torch.stack([angles.cos(), angles.sin(), torch.zeros(4)], 1)
+    loss = smoothness_loss(Ball(), points, others - points)
+    expected = (4 * torch.sin(angles / 2) ** 2).mean().item()
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_smoothness_makes_a_rough_field_smooth():
+    tiny = TinyStep()
+    torch.manual_seed(1)
+    points = 0.6 * F.normalize(torch.randn(256, 3), dim=-1)
+    offsets = 0.05 * torch.randn(256, 3)
+    optimizer = torch.optim.Adam([tiny.nerf.encoding.table], lr=0.02)
+    losses = []
+    for _ in range(30):
+        loss = smoothness_loss(tiny.nerf, points, offsets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0], f"its gradient leads nowhere: {losses[::10]}"
 
 
 # ---- the whole -------------------------------------------------------------------------------

@@ -361,7 +361,8 @@ def test_a_step_says_how_large_the_gradient_is_and_how_opaque_the_field(
     mean = seen.weights.double().sum().item() / (2 * views * 8 * 8)
     assert 0 < mean < 1, "the case shows nothing, or nothing else than the object"
     assert result.opacity.item() == pytest.approx(mean, rel=1e-5)
-    assert result.x0_hat.shape == (2, views, 8, 4, 4)
+    assert result.images.shape == (2, views, 3, 32, 32)
+    assert result.x_t.shape == result.x0_hat.shape == (2, views, 8, 4, 4)
     for number in result:
         assert not number.requires_grad and torch.isfinite(number).all()
 
@@ -409,6 +410,27 @@ def test_shading_draws_textureless_steps(model_file):
         with_albedo += gradients["to_albedo"] > 0
     # 62.5% of the steps show the albedo.
     assert 7 <= with_albedo <= 13
+
+
+def test_smoothness_is_added_where_the_rays_see_something(model_file, monkeypatch):
+    asked, smoothness_loss = [], render.smoothness_loss
+
+    def recording(nerf, points, offsets):
+        asked.append((points, offsets))
+        return smoothness_loss(nerf, points, offsets)
+
+    monkeypatch.setattr(render, "smoothness_loss", recording)
+    losses, tables = [], []
+    # Not 0, with which a step draws fewer random numbers.
+    for weight in (1e-6, 100.0):
+        distillation = make_distillation(model_file, smoothness=weight, smooth_points=64)
+        losses.append(distillation.step().loss)
+        tables.append(distillation.nerf.encoding.table.grad)
+    assert torch.equal(*losses), "the loss that is reported includes the smoothness"
+    assert not torch.allclose(*tables), "the smoothness moves nothing"
+    points, offsets = asked[0]
+    assert points.shape == offsets.shape == (64, 3)
+    assert offsets.std().item() == pytest.approx(sds.NEARBY, rel=0.3)
 
 
 def test_shading_adds_the_orientation_loss(model_file):
