@@ -95,11 +95,12 @@ TINY = Preset(
         # It was trained on grey backgrounds.
         random_background=1.0,
         grey_background=True,
+        smoothness=12.0,
         smooth_points=512,
         levels=8,
         log2_entries=15,
         coarsest=8,
-        finest=128,
+        finest=96,
         lr_grid=0.02,
         lr=0.005,
         occupancy_cells=32,
