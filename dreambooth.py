@@ -2,7 +2,7 @@
 
     python dreambooth.py photos/ --prompt "a photo of [v] bulldog" --out runs/my-dog
     python sample.py "[v] bulldog wearing a top hat" --model runs/my-dog
-    python distill.py "[v] bulldog" --model runs/my-dog --guidance 2.5
+    python distill.py "[v] bulldog" --model runs/my-dog
 
 "[v]" stands for the identifier, a rare word that comes to mean the subject. The photos are shown
 in 2D mode, and the UNet θ learns, starting from θ0 (multi-view DreamBooth, MVDream §3.3):

@@ -41,6 +41,8 @@ class Preset:
     train: dict = field(default_factory=dict)
     distill: dict = field(default_factory=dict)
     dreambooth: dict = field(default_factory=dict)
+    # What is different from `distill` for a model that dreambooth.py has taught a subject.
+    distill_taught: dict = field(default_factory=dict)
 
 
 # ---- the released model: the defaults of sample.py, distill.py and dreambooth.py -------------
@@ -118,6 +120,8 @@ TINY = Preset(
         identifier_lr=1e-2,
         text_preservation=0.12,
     ),
+    # More of it pulls a subject towards its class, which the model knows better.
+    distill_taught=dict(guidance=2.5),
 )
 
 # ---- a model to try a change in a minute with, not to get a picture --------------------------
@@ -163,6 +167,7 @@ NANO = Preset(
         "density_threshold": 5.0,
     },
     dreambooth={**TINY.dreambooth, "steps": 40, "batch": 4},
+    distill_taught=TINY.distill_taught,
 )
 
 PRESETS = {"sd21": SD21, "tiny": TINY, "nano": NANO}
@@ -173,7 +178,13 @@ def settings_for(script, config):
 
     script: "train", "distill" or "dreambooth". config: the model's ModelConfig.
     """
-    return f'the preset "{config.preset}" (mvd/presets.py)', getattr(PRESETS[config.preset], script)
+    preset = PRESETS[config.preset]
+    place = f'the preset "{config.preset}" (mvd/presets.py)'
+    changes = getattr(preset, script)
+    if script == "distill" and config.text.identifier:
+        place += " for taught models"
+        changes = {**changes, **preset.distill_taught}
+    return place, changes
 
 
 # ---- the header of a file --------------------------------------------------------------------

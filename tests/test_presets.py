@@ -6,9 +6,12 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
+import distill
 from mvd import MVDream, presets
 from mvd.model import read_config
 from mvd.presets import PRESETS, ModelConfig, from_header, nearest_preset, settings_for, to_header
+from mvd.sds import DistillSettings
+from mvd.tools import cli
 from mvd.tools.errors import UserError
 from mvd.tools.files import read_safetensors, write_safetensors
 from scripts import saved_model
@@ -69,6 +72,28 @@ def test_the_shipped_files_settings_are_those_of_the_preset():
     assert read_config("tiny").preset == "tiny"
     place, changes = settings_for("distill", read_config("tiny"))
     assert changes is PRESETS["tiny"].distill and "mvd/presets.py" in place
+
+
+def test_distill_has_other_settings_for_taught_models(tmp_path, monkeypatch, capsys):
+    """Only distill.py has; a flag counts more; and a run says where they come from."""
+    monkeypatch.setattr(PRESETS["nano"], "distill_taught", {"guidance": 1.5})
+    config = small_config()
+    config.text.identifier = "phol"
+    file = saved_model(tmp_path, config)
+    place, changes = settings_for("distill", read_config(file))
+    usual = PRESETS["nano"].distill
+    assert changes == {**usual, "guidance": 1.5} and usual["guidance"] != 1.5
+    assert settings_for("dreambooth", config)[1] is PRESETS["nano"].dreambooth
+
+    def parse(*flags):
+        arguments = ["a [v] bulldog", "--model", str(file), *flags]
+        return cli.parse(DistillSettings, arguments, None, distill.preset_settings)
+
+    assert parse("--guidance", "7").guidance == 7
+    cli.print_changes(parse(), place, changes)
+    source, flags = capsys.readouterr().out.splitlines()[0].split(": ")
+    assert source == 'settings from the preset "nano" (mvd/presets.py) for taught models'
+    assert "--guidance 1.5" in flags
 
 
 def test_nothing_is_downloaded_for_the_settings(monkeypatch):

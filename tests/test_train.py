@@ -390,11 +390,12 @@ def test_vae_errors_of_a_perfect_autoencoder_are_its_kl():
 @pytest.mark.gpu
 def test_a_run_on_a_gpu_learns(start, tmp_path):
     """Both phases, eager and captured, with pictures between the steps."""
-    flags = "--device cuda --vae-steps 12 --steps 12 --sample-every 4 --save-every 12".split()
+    flags = "--device cuda --vae-steps 60 --steps 12 --sample-every 20 --save-every 12".split()
     start("run", *flags)
     rows = run.read_log(tmp_path / "run" / "log.jsonl")
     losses = [row["multiview"] for row in rows if row["phase"] == "vae" and "multiview" in row]
-    assert losses[-1] < losses[0], "the autoencoder does not learn"
+    first, last = sum(losses[:5]) / 5, sum(losses[-5:]) / 5
+    assert last < 0.8 * first, f"the autoencoder does not learn: {first:.2f}, then {last:.2f}"
     model = MVDream.load(tmp_path / "run")
     for name, weight in model.named_parameters():
         assert torch.isfinite(weight).all(), f"{name} is not finite"
