@@ -44,6 +44,8 @@ from mvd.tools.vocabulary import known_part
 # The grey behind the results.
 PICTURE_GREY = 0.8
 LOG_EVERY = 10
+# What to try when the loss is no longer a number.
+IF_LOST = "try --dtype float32, or a lower --lr, --lr-grid or --guidance"
 # What the progress pictures show, for the page.
 PROGRESS = "Progress: the render, with noise, what the model believes it shows, the difference"
 # Steps before the first picture, and before anything is compiled.
@@ -259,16 +261,25 @@ def distill(s, prompts, model, out, state=None):
                 bar.set_postfix(loss=f"{result.loss.item():.2f}")
             if done % show_every == 0 or (done == FIRST_LOOK and s.steps > FIRST_LOOK):
                 show_progress(distillation, result, out, done)
-            if done % s.save_every == 0 or done == s.steps or interrupted.is_set():
+            stop = interrupted.is_set()
+            if done % s.save_every == 0 or done == s.steps or stop:
+                check_step(out, done, result)
                 state = {"step": done, **distillation.state_dict(), "random": random_state()}
                 run.save_checkpoint(out / run.CHECKPOINT, state)
-            if interrupted.is_set():
+            if stop:
                 break
     return distillation, done, interrupted.code
 
 
+def check_step(out, done, result):
+    """Raise UserError if the loss of a step, an sds.Step, or its gradient is not finite."""
+    numbers = dict(loss=result.loss.item(), gradient=result.gradient.item())
+    run.check_finite(out, done, IF_LOST, **numbers)
+
+
 def log_step(out, done, result, distillation):
-    """Add a line to the log: what to watch in score distillation."""
+    """Add a line to the log: what to watch in score distillation. Raises as `check_step`."""
+    check_step(out, done, result)
     run.log(
         out / "log.jsonl",
         step=done,

@@ -48,6 +48,8 @@ from mvd.tools.vocabulary import check_identifier, known_part, name_subject, wor
 # How often a photo is encoded, each time with another grey behind what is transparent.
 GREYS = 8
 LOG_EVERY = 10
+# What to try when the loss is no longer a number.
+IF_LOST = "try a lower --lr or --identifier-lr"
 # Tensors of weights that `preserve` takes together: few launches, and little memory.
 BLOCK = 32
 
@@ -302,11 +304,13 @@ def finetune(model, subject, s, out, state=None, *, show=None):
         bar = tqdm(range(start, s.steps), initial=start, total=s.steps, desc=s.prompt)
         for step in bar:
             tuning.anneal(step)
-            sums += graphed()
+            measured = graphed()
+            sums += measured
             count += 1
             done = step + 1
             last = done == s.steps
             if done % LOG_EVERY == 0 or last:
+                check_step(out, done, measured)
                 row = log_row(sums / count, s.preservation)
                 run.log(out / "log.jsonl", step=done, **row)
                 bar.set_postfix(loss=f"{row['loss']:.4f}", distance=f"{row['distance']:.3g}")
@@ -317,13 +321,21 @@ def finetune(model, subject, s, out, state=None, *, show=None):
                 with tuning.in_bfloat16:
                     show(done)
                 set_random_state(kept)
-            if done % s.save_every == 0 or interrupted.is_set():
+            stop = interrupted.is_set()
+            if done % s.save_every == 0 or stop:
+                check_step(out, done, measured)
                 state = {"step": done, **tuning.state_dict(), "random": random_state()}
                 run.save_checkpoint(out / run.CHECKPOINT, state)
-            if interrupted.is_set() and not last:
+            if stop and not last:
                 print(f"interrupted after {done} of {s.steps} steps; {run.GO_ON}")
                 raise cli.interruption(interrupted.code)
     tuning.finish()
+
+
+def check_step(out, done, measured):
+    """Raise UserError if the loss of a step, or how far it has led, is not finite."""
+    loss, _, _, _, distance, _, _ = measured.tolist()
+    run.check_finite(out, done, IF_LOST, loss=loss, distance=distance)
 
 
 def log_row(means, strength):

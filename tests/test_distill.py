@@ -332,6 +332,27 @@ def test_progress_shows_the_render_its_noise_the_belief_and_the_difference(
             assert error < 1 / 255, f"view {view}: column {column} is not the {name}"
 
 
+def test_a_loss_that_is_not_a_number_ends_the_run_and_spares_the_checkpoint(
+    start, steps, tmp_path, monkeypatch, capsys
+):
+    loss = sds.distillation_loss
+
+    def spoilt(*arguments, **options):
+        value, x0_hat = loss(*arguments, **options)
+        return (value * math.nan if len(steps) == 4 else value), x0_hat
+
+    monkeypatch.setattr(sds, "distillation_loss", spoilt)
+    assert start("run", "--save-every", "2") == 2, "a run of NaN goes on"
+    assert len(steps) == 5, "it did not stop at once"
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert re.search("stops at step 5, whose loss is nan; the last good state is in run", line)
+    state = run.load_checkpoint(tmp_path / "run" / run.CHECKPOINT)
+    assert state["step"] == 4
+    assert all(weight.isfinite().all() for weight in state["nerf"].values())
+    monkeypatch.setattr(sds, "distillation_loss", loss)
+    assert start("run", "--save-every", "2", "--resume") == 0, "it cannot be resumed"
+
+
 def test_a_short_run_draws_no_picture_that_nobody_asked_for(start, tmp_path):
     assert start("run", "--steps", "10", "--show-every", "0") == 0
     assert list((tmp_path / "run" / "progress").iterdir()) == []

@@ -1,6 +1,7 @@
 """dreambooth.py: its losses against autograd, killed runs, what "[v]" does, and bad input."""
 import copy
 import json
+import math
 import time
 from types import SimpleNamespace
 
@@ -315,6 +316,24 @@ def test_a_killed_run_resumes_bit_for_bit(start, monkeypatch, killed_at, flags, 
     assert start("killed", "--resume", *flags) == whole, "the resumed run made something else"
     logs = [(tmp_path / out / "log.jsonl").read_bytes() for out in ("whole", "killed")]
     assert logs[0] == logs[1]
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run_and_spares_the_checkpoint(
+    start, tmp_path, monkeypatch
+):
+    losses, calls = dreambooth.FineTuning.losses, []
+
+    def spoilt(tuning):
+        calls.append(tuning)
+        loss, *others = losses(tuning)
+        return (loss * math.nan if len(calls) == 3 else loss), *others
+
+    monkeypatch.setattr(dreambooth.FineTuning, "losses", spoilt)
+    with pytest.raises(UserError, match="loss is nan; the last good state is in .*checkpoint.pt"):
+        start("run")
+    folder = tmp_path / "run"
+    assert run.load_checkpoint(folder / run.CHECKPOINT)["step"] == 2
+    assert not (folder / "model.safetensors").exists(), "a model of NaN was written"
 
 
 def test_a_run_shorter_than_sample_every_draws_nothing(start, tmp_path):

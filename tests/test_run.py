@@ -1,6 +1,7 @@
 """The run folder, the log, and files and checkpoints under mistakes, kills and full disks."""
 import errno
 import json
+import math
 import os
 import random
 import signal
@@ -585,3 +586,13 @@ def test_killed_while_writing_checkpoints(tmp_path):
     logged = steps_of(log)
     assert logged == list(range(len(logged)))
     assert last - len(logged) in (-1, 0), "the log and the checkpoint disagree"
+
+
+def test_a_number_that_is_not_finite_stops_a_run(tmp_path):
+    run.check_finite(tmp_path, 7, "try less", loss=0.0, gradient=1e30)
+    for number in (math.nan, math.inf, -math.inf):
+        with pytest.raises(UserError, match="step 7, whose loss is .*no checkpoint yet; try less"):
+            run.check_finite(tmp_path, 7, "try less", loss=number)
+    run.save_checkpoint(tmp_path / run.CHECKPOINT, {"step": 5})
+    with pytest.raises(UserError, match="gradient is nan; the last good state is in .*checkpoint"):
+        run.check_finite(tmp_path, 7, "try less", loss=1.0, gradient=math.nan)

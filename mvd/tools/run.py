@@ -8,6 +8,7 @@ Should the disk damage the last checkpoint, there is the one before.
 """
 import itertools
 import json
+import math
 import os
 import re
 import unicodedata
@@ -209,6 +210,21 @@ def save_checkpoint(path, state):
     if path.exists():
         os.replace(path, before)
     os.replace(new, path)
+
+
+def check_finite(out, step, advice, **numbers):
+    """Raise UserError if a number of this step, such as its loss, is not finite.
+
+    To be called before a checkpoint is written: what the run in the folder `out` saved before is
+    then its last good state. advice: what the user may try.
+    """
+    for name, number in numbers.items():
+        if not math.isfinite(number):
+            good = "there is no checkpoint yet"
+            if (out / CHECKPOINT).exists():
+                good = f"the last good state is in {out / CHECKPOINT}"
+            raise UserError(
+                f"the run stops at step {step}, whose {name} is {number:g}; {good}; {advice}")
 
 
 def load_checkpoint(path):
