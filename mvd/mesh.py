@@ -165,29 +165,63 @@ def marching_tetrahedra(values, threshold):
     return vertices.astype(np.float32), faces.reshape(-1, 3).astype(np.int32)
 
 
-def drop_specks(vertices, faces, share=0.02):
-    """The mesh without its small parts: (vertices [M', 3], faces [F', 3] int32).
+def connected_parts(faces):
+    """Which part each face belongs to: [F], a vertex's number, the same for all of a part.
 
-    A part is what hangs together; it stays if it has at least `share` of the faces of the
-    largest part. Every vertex carries a label, at first its own number. Labels are
-    lowered until they agree within each face; then they agree within each part.
+    faces [F, 3]: numbers of vertices. A part is what hangs together by its vertices. Every
+    vertex carries a label, at first its own number. Labels are lowered until they agree
+    within each face; then they agree within each part.
     """
-    label = np.arange(len(vertices))
+    label = np.arange(faces.max(initial=-1) + 1)
     while True:
         labels = label[faces]    # [F, 3]
         lowest = labels.min(axis=1, keepdims=True)
         if (labels == lowest).all():
-            break
+            return label[faces[:, 0]]
         # A label is the number of a vertex: that vertex takes the face's lowest label ...
         np.minimum.at(label, labels, np.broadcast_to(lowest, labels.shape))
         # ... and every vertex takes the label at the end of its chain of labels.
         while not (label[label] == label).all():
             label = label[label]
-    part = label[faces[:, 0]]    # [F]
+
+
+def drop_specks(vertices, faces, share=0.02):
+    """The mesh without its small parts: (vertices [M', 3], faces [F', 3] int32).
+
+    A part stays if it has at least `share` of the faces of the largest part.
+    """
+    part = connected_parts(faces)    # [F]
     size = np.bincount(part)
     faces = faces[size[part] >= share * size.max()]
     kept, faces = np.unique(faces, return_inverse=True)
     return vertices[kept], faces.reshape(-1, 3).astype(np.int32)
+
+
+def volume(vertices, faces):
+    """The volume inside a closed mesh: a float, negative if its faces look inward.
+
+    vertices [M, 3], faces [F, 3], counter-clockwise seen from outside. By the divergence
+    theorem it is a sum over the faces (a, b, c): each spans with the origin a tetrahedron
+    of the volume a · (b × c) / 6, which counts as negative where the face looks at it.
+    """
+    corners = vertices[faces].astype(np.float64)    # [F, 3, 3]
+    a, b, c = corners.transpose(1, 0, 2)
+    return float((a * np.cross(b, c)).sum() / 6)
+
+
+def is_watertight(faces):
+    """Whether the mesh is closed and has an inside: a bool; faces [F, 3].
+
+    Then each face's neighbour runs along their common edge the other way round: each edge
+    occurs once in each direction. A mesh without faces is not watertight.
+    """
+    starts = faces.ravel().astype(np.int64)
+    ends = faces[:, [1, 2, 0]].ravel().astype(np.int64)
+    count = faces.max(initial=-1) + 1
+    there = np.sort(starts * count + ends)
+    back = np.sort(ends * count + starts)
+    once = (np.diff(there) > 0).all()
+    return bool(len(faces) > 0 and once and (there == back).all())
 
 
 def vertex_normals(vertices, faces):

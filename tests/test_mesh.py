@@ -28,11 +28,6 @@ def corners_of(vertices, faces):
     return vertices[faces].astype(np.float64).transpose(1, 0, 2)
 
 
-def volume(vertices, faces):
-    a, b, c = corners_of(vertices, faces)
-    return (a * np.cross(b, c)).sum() / 6
-
-
 def area(vertices, faces):
     a, b, c = corners_of(vertices, faces)
     return np.linalg.norm(np.cross(b - a, c - a), axis=1).sum() / 2
@@ -171,7 +166,7 @@ def test_sphere_is_closed_round_and_faces_outward():
     assert np.abs(distance - radius).max() < 0.06
     # Positive: the faces look outward.
     true_volume = 4 / 3 * np.pi * radius ** 3
-    assert volume(vertices, faces) == pytest.approx(true_volume, rel=0.02)
+    assert mesh.volume(vertices, faces) == pytest.approx(true_volume, rel=0.02)
     assert area(vertices, faces) == pytest.approx(4 * np.pi * radius ** 2, rel=0.02)
     a, b, c = corners_of(vertices, faces)
     of_face = np.cross(b - a, c - a)
@@ -189,7 +184,7 @@ def test_volume_converges():
     for n in (16, 32):
         ball = sphere(n, 0.3 * n, (0.49 * n, 0.5 * n, 0.51 * n))
         true_volume = 4 / 3 * np.pi * (0.3 * n) ** 3
-        found = volume(*mesh.marching_tetrahedra(ball, 0.0))
+        found = mesh.volume(*mesh.marching_tetrahedra(ball, 0.0))
         error.append(abs(found / true_volume - 1))
     assert 3 < error[0] / error[1] < 5
 
@@ -199,7 +194,7 @@ def test_threshold_moves_the_surface():
         ball = torch.from_numpy(sphere())
         vertices, faces = mesh.marching_tetrahedra(ball, threshold)
         true_volume = 4 / 3 * np.pi * (7 - threshold) ** 3
-        assert volume(vertices, faces) == pytest.approx(true_volume, rel=0.04)
+        assert mesh.volume(vertices, faces) == pytest.approx(true_volume, rel=0.04)
 
 
 def test_plane_is_exact():
@@ -229,7 +224,7 @@ def test_border_is_closed(values, genus_0_parts):
     assert euler(vertices, faces) == 2 * genus_0_parts
     assert vertices.min() >= -0.5
     assert vertices.max() <= values.shape[0] - 0.5
-    assert volume(vertices, faces) > 0
+    assert mesh.volume(vertices, faces) > 0
 
 
 def test_noise_and_special_values_are_closed():
@@ -283,6 +278,77 @@ def test_parts_of_a_long_chain():
     assert len(kept) == len(faces)
     _, kept = mesh.drop_specks(vertices, faces, share=1.0)
     assert len(kept) == 298
+
+
+# ---- what a mesh is like ---------------------------------------------------------------------
+
+# The unit cube's corners in the order of mesh.CORNERS, and its sides as quadrilaterals,
+# counter-clockwise seen from outside.
+CUBE = np.array(list(itertools.product((0.0, 1.0), repeat=3)))
+SIDES = [
+    (0, 1, 3, 2),    # x = 0
+    (4, 6, 7, 5),    # x = 1
+    (0, 4, 5, 1),    # y = 0
+    (2, 3, 7, 6),    # y = 1
+    (0, 2, 6, 4),    # z = 0
+    (1, 5, 7, 3),    # z = 1
+]
+
+
+def cube(edge=1.0, origin=(0, 0, 0)):
+    """(vertices [8, 3], faces [12, 3]) of a cube; faces 0 and 1 are the side x = origin."""
+    faces = []
+    for a, b, c, d in SIDES:
+        faces += [(a, b, c), (a, c, d)]
+    return CUBE * edge + origin, np.array(faces)
+
+
+def both(first, second):
+    """Two meshes as one."""
+    vertices = np.concatenate([first[0], second[0]])
+    faces = np.concatenate([first[1], second[1] + len(first[0])])
+    return vertices, faces
+
+
+def test_volume_of_cubes():
+    """Wherever they are; a cube that looks inward is a hollow in the other."""
+    assert mesh.volume(*cube(2.0, (5, -7, 3))) == pytest.approx(8)
+    two = both(cube(2.0), cube(1.0, (-4, 0, 0)))
+    assert mesh.volume(*two) == pytest.approx(9)
+    corners, faces = cube(1.0, (0.5, 0.5, 0.5))
+    hollow = corners, faces[:, ::-1]
+    assert mesh.volume(*hollow) == pytest.approx(-1)
+    assert mesh.volume(*both(cube(2.0), hollow)) == pytest.approx(7)
+    assert mesh.volume(np.zeros((0, 3)), np.zeros((0, 3), int)) == 0
+
+
+def test_watertight():
+    vertices, faces = cube()
+    two = both(cube(), cube(1.0, (3, 0, 0)))
+    assert mesh.is_watertight(faces)
+    assert mesh.is_watertight(two[1])
+    assert mesh.is_watertight(faces[:, ::-1]), "turned inside out it is closed still"
+    assert not mesh.is_watertight(faces[1:]), "half a side is missing"
+    assert not mesh.is_watertight(two[1][:-2]), "a side of the second cube is missing"
+    assert not mesh.is_watertight(np.concatenate([faces, faces[:1]])), "a face is there twice"
+    turned = faces.copy()
+    turned[0] = turned[0, ::-1]
+    assert not mesh.is_watertight(turned), "one face looks inward"
+    # A second cube has its edge 0, 1 where the first has 6, 7: four faces meet there.
+    joined = np.array([6, 7, 8, 9, 10, 11, 12, 13])[faces]
+    assert not mesh.is_watertight(np.concatenate([faces, joined])), "an edge of four faces"
+    assert not mesh.is_watertight(np.zeros((0, 3), int))
+
+
+def test_connected_parts():
+    vertices, faces = both(cube(), cube(1.0, (3, 0, 0)))
+    order = np.random.default_rng(2).permutation(24)
+    part = mesh.connected_parts(faces[order])
+    assert len(np.unique(part)) == 2
+    assert np.array_equal(part == part[order == 0], order < 12), "a face is in the wrong part"
+    # Cubes that have one corner in common hang together.
+    assert len(np.unique(mesh.connected_parts(np.where(faces == 8, 7, faces)))) == 1
+    assert len(mesh.connected_parts(faces[:0])) == 0
 
 
 # ---- from a field ----------------------------------------------------------------------------
@@ -416,7 +482,7 @@ def test_glb(ball, tmp_path):
     assert np.array_equal(indices, ball.faces)
     # A positive volume: turned, not mirrored.
     true_volume = 4 / 3 * np.pi * 0.125
-    found = volume(positions, indices.astype(np.int64))
+    found = mesh.volume(positions, indices.astype(np.int64))
     assert found == pytest.approx(true_volume, rel=0.02)
     outward = positions - [-0.1, 0.3, 0.2]
     assert (outward * normals).sum(1).min() > 0.48
