@@ -257,6 +257,18 @@ def free_depth(shapes, c2w, fov_deg, size, *, start, far):
     return spread_over(near, size).flatten(1)
 
 
+def start_of_rays(shapes, c2w, fov_deg, size):
+    """Where each pixel's ray may meet something, and where the scene ends.
+
+    near [N, V*size*size], inf if the ray meets nothing; far [N, 1].
+    """
+    eye = torch.linalg.vector_norm(c2w[..., :3, 3], dim=-1) / shapes.scale[:, None]
+    reach = (REACH / shapes.scale)[:, None]
+    start = (eye - reach).clamp(min=0)
+    far = eye.amax(1, keepdim=True) + reach
+    return free_depth(shapes, c2w, fov_deg, size, start=start, far=far), far
+
+
 def trace_middles(shapes, c2w, fov_deg, size, *, near, far):
     """One ray through the middle of each pixel, from near [N, V*size*size] on.
 
@@ -311,15 +323,12 @@ def trace_edges(shapes, c2w, fov_deg, size, *, pixels, near, far):
 
 
 def trace_chunk(shapes, c2w, fov_deg, size):
-    """`trace` for as many objects and views as fit into memory at once; fov_deg [N, V]."""
-    views = c2w.shape[1]
-    picture = (views, size, size)
-    eye = torch.linalg.vector_norm(c2w[..., :3, 3], dim=-1) / shapes.scale[:, None]
-    reach = (REACH / shapes.scale)[:, None]
-    start = (eye - reach).clamp(min=0)
-    far = eye.amax(1, keepdim=True) + reach
+    """`trace` for as many objects and views as fit into memory at once: slot, shade.
 
-    near = free_depth(shapes, c2w, fov_deg, size, start=start, far=far)
+    fov_deg [N, V].
+    """
+    picture = (c2w.shape[1], size, size)
+    near, far = start_of_rays(shapes, c2w, fov_deg, size)
     depth, slot, shade = trace_middles(shapes, c2w, fov_deg, size, near=near, far=far)
     # [N, SAMPLES, V*size*size]
     slots = slot[:, None].repeat(1, SAMPLES, 1)
@@ -338,7 +347,29 @@ def trace_chunk(shapes, c2w, fov_deg, size):
         shades[:, 1:].scatter_(2, index, shade)
     slots = slots.unflatten(2, picture).transpose(1, 2)
     shades = shades.unflatten(2, picture).transpose(1, 2)
-    return Buffers(slots, shades)
+    return slots, shades
+
+
+def trace_normals_chunk(shapes, c2w, fov_deg, size):
+    """`trace_normals` for as many objects and views as fit into memory at once; fov_deg [N, V]."""
+    near, far = start_of_rays(shapes, c2w, fov_deg, size)
+    normal = near.new_zeros(len(near), 3, near.shape[1])
+    coverage = torch.zeros_like(near)
+    pixels = compact(near < math.inf)
+    if pixels.shape[1]:
+        origins, directions = camera_rays(shapes, c2w, fov_deg, size)
+        origins = pick(origins, pixels)
+        directions = pick(directions, pixels)
+        t = sphere_trace(shapes, origins, directions, pick(near, pixels), far)
+        hit = t < math.inf
+        points = points_at(origins, directions, t.masked_fill(~hit, 0))
+        found = normals(shapes, points) * hit[:, None]
+        normal.scatter_(2, pixels[:, None].expand_as(found), found)
+        coverage.scatter_(1, pixels, hit.float())
+    picture = (c2w.shape[1], size, size)
+    # [N, V, 3, H, W] and [N, V, 1, H, W]
+    normal = normal.unflatten(2, picture).transpose(1, 2)
+    return normal, coverage.unflatten(1, picture)[:, :, None]
 
 
 def rays_at_once(device):
@@ -351,12 +382,11 @@ def rays_at_once(device):
     return 2 ** 17
 
 
-@torch.no_grad()
-def trace(shapes, c2w, fov_deg, size):
-    """Pictures of N objects from V views, without colours: Buffers, for `paint`.
+def in_chunks(trace_some, shapes, c2w, fov_deg, size):
+    """What trace_some(shapes, c2w, fov_deg [N, V], size) returns, a chunk at a time.
 
-    shapes: solids.Shapes. c2w [N, V, 4, 4]. fov_deg [N] or [N, V]. size: pixels along a side.
-    Every pixel has SAMPLES samples; they differ only at edges, where more rays were traced.
+    It returns a tuple of tensors [N, V, ...] for some of the objects and views; so does this for
+    all of them. c2w [N, V, 4, 4]. fov_deg [N] or [N, V].
     """
     n, views = c2w.shape[:2]
     device = shapes.scale.device
@@ -369,18 +399,37 @@ def trace(shapes, c2w, fov_deg, size):
     budget = rays_at_once(device)
     some_views = min(views, max(1, budget // size ** 2))
     some_objects = max(1, budget // (some_views * size ** 2))
-    slots = []
-    shades = []
+    found = []
     for i in range(0, n, some_objects):
         objects = slice(i, i + some_objects)
         chunk = take(shapes, objects)
-        found = []
+        of_chunk = []
         for j in range(0, views, some_views):
-            of_chunk = (objects, slice(j, j + some_views))
-            found.append(trace_chunk(chunk, c2w[of_chunk], fov_deg[of_chunk], size))
-        slots.append(torch.cat([buffers.slot for buffers in found], 1))
-        shades.append(torch.cat([buffers.shade for buffers in found], 1))
-    return Buffers(torch.cat(slots), torch.cat(shades))
+            which = (objects, slice(j, j + some_views))
+            of_chunk.append(trace_some(chunk, c2w[which], fov_deg[which], size))
+        found.append([torch.cat(tensors, 1) for tensors in zip(*of_chunk)])
+    return tuple(torch.cat(tensors) for tensors in zip(*found))
+
+
+@torch.no_grad()
+def trace(shapes, c2w, fov_deg, size):
+    """Pictures of N objects from V views, without colours: Buffers, for `paint`.
+
+    shapes: solids.Shapes. c2w [N, V, 4, 4]. fov_deg [N] or [N, V]. size: pixels along a side.
+    Every pixel has SAMPLES samples; they differ only at edges, where more rays were traced.
+    """
+    slot, shade = in_chunks(trace_chunk, shapes, c2w, fov_deg, size)
+    return Buffers(slot, shade)
+
+
+@torch.no_grad()
+def trace_normals(shapes, c2w, fov_deg, size):
+    """Normal maps of N objects from V views: normal [N, V, 3, H, W], coverage [N, V, 1, H, W].
+
+    The normals are unit vectors in the world, 0 where nothing is; there coverage is 0.0, elsewhere
+    1.0. One ray per pixel, through its middle. The arguments are those of `trace`.
+    """
+    return in_chunks(trace_normals_chunk, shapes, c2w, fov_deg, size)
 
 
 @torch.no_grad()
