@@ -161,7 +161,7 @@ def write_results(distillation, out, size, done):
     pictures.save_png(out / "depth.png", pictures.grid(depth, 4))
     pictures.save_png(out / "normals.png", pictures.grid(normals, 4))
     tensors = {name: torch.as_tensor(value) for name, value in camera.items()}
-    tensors.update(rgb=eight.rgb, opacity=eight.opacity)
+    tensors.update(rgb=eight.rgb, opacity=eight.opacity, normal=eight.normal)
     write_safetensors(out / "views.safetensors", tensors)
     write_views(out / "views", eight, camera)
     frames, _ = view_from(distillation, [10.0 * i for i in range(36)], size)
