@@ -3,6 +3,8 @@
     things.py       the captions that are asked for, and those they could be confused with
     candidates.py   renders of what pictures could show, and how far pictures are from them
     judge.py        R-precision, view accuracy, Janus rate, variety
+    shape.py        is a surface as smooth as real ones, and is it the right one?
+    meshes.py       is a mesh whole, and as thick as the real thing?
     consistency.py  do the views of a set show one and the same thing?
     command.py      python -m mvd.metrics: judges samples and runs
     clip.py         the same question for any prompt, asked of CLIP
@@ -18,21 +20,26 @@ from .judge import (
     summary,
     variety,
 )
+from .shape import Maps, judge_shapes, roughness, shape_report
 from .things import distractors, draw_things, read_prompt
 
 __all__ = [
     "SAMPLED",
     "Cameras",
+    "Maps",
     "cut_out",
     "distractors",
     "draw_things",
     "judge_sets",
+    "judge_shapes",
     "main",
     "name_colours",
     "read_prompt",
     "read_run",
     "real_views",
     "report_line",
+    "roughness",
+    "shape_report",
     "sides_and_janus",
     "squared_error",
     "summary",

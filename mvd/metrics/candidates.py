@@ -53,19 +53,24 @@ SAMPLED = Cameras(elevation=15.0, azimuth=even_azimuths(VIEWS))
 
 # ---- renders ---------------------------------------------------------------------------------
 
-def geometry(thing, seeds, cameras, device, *, fov_deg, framing, size):
-    """A Thing without its colour, in one proportion per seed: Buffers of N objects, V views.
+def camera_matrices(cameras, fov_deg, framing):
+    """Camera to world for N objects and V views: [N, V, 4, 4].
 
-    `tracer.paint` turns them into pictures. fov_deg [N]: degrees. framing (a number or [N]): at 1
-    the cube [-0.5, 0.5]^3 fills the picture, as on average in training; at 1.1 the camera is 1.1
-    times as far away.
+    fov_deg [N]: degrees. framing (a number or [N]): at 1 the cube [-0.5, 0.5]^3 fills the picture,
+    as on average in training; at 1.1 the camera is 1.1 times as far away.
     """
     distance = framing * 0.5 / torch.tan(torch.deg2rad(fov_deg) / 2)
     azimuth = torch.tensor(cameras.azimuth)
-    # [N, V, 4, 4]
-    c2w = orbit(cameras.elevation, azimuth, distance[:, None])
+    return orbit(cameras.elevation, azimuth, distance[:, None])
+
+
+def geometry(thing, seeds, cameras, device, *, fov_deg, framing, size):
+    """A Thing without its colour, in one proportion per seed: Buffers of N objects, V views.
+
+    `tracer.paint` turns them into pictures. fov_deg, framing: as in `camera_matrices`.
+    """
     shapes = toyworld.build(thing.subject, thing.accessory, list(seeds), device)
-    return trace(shapes, c2w.to(device), fov_deg.to(device), size)
+    return trace(shapes, camera_matrices(cameras, fov_deg, framing), fov_deg, size)
 
 
 def candidate_geometry(thing, cameras, device):
@@ -89,15 +94,16 @@ def paint_candidates(buffers, colour):
     return at_scales(paint(buffers, palette))
 
 
-def at_scales(rgba):
-    """Renders [N, V, 4, s, s] with straight alpha, made smaller and larger to each of SCALES.
+def at_scales(rgba, scales=SCALES):
+    """Renders [N, V, 4, s, s] with straight alpha, made smaller and larger to each of `scales`.
 
-    Returns [SCALES * N, V, 4, s, s] with premultiplied alpha: (colour times alpha, alpha).
+    Returns [len(scales) * N, V, 4, s, s], premultiplied: (colour times alpha, alpha); all N at the
+    first scale come first.
     """
     alpha = rgba[:, :, 3:]
     premultiplied = torch.cat([rgba[:, :, :3] * alpha, alpha], 2).flatten(0, 1)
     scaled = []
-    for scale in SCALES:
+    for scale in scales:
         zoom = torch.tensor([[1 / scale, 0, 0], [0, 1 / scale, 0]], device=rgba.device)
         zoom = zoom.expand(len(premultiplied), -1, -1)
         grid = F.affine_grid(zoom, premultiplied.shape, align_corners=False)
@@ -130,6 +136,19 @@ def over_grey(rgba, grey):
     return rgb * alpha + grey * (1 - alpha)
 
 
+def real_seeds(count, seed):
+    """`count` different seeds of proportions, which no candidate has."""
+    return random.Random(seed).sample(REAL_SEEDS, count)
+
+
+def by_pair(things):
+    """Where each shape stands among the Things: {(subject, accessory): [m, ...]}."""
+    found = {}
+    for m, thing in enumerate(things):
+        found.setdefault((thing.subject, thing.accessory), []).append(m)
+    return found
+
+
 def real_views(things, cameras, device="cpu", seed=0, size=2 * SIZE):
     """What a perfect model would draw for M Things: [M, V, 3, size, size] in [0, 1].
 
@@ -137,14 +156,10 @@ def real_views(things, cameras, device="cpu", seed=0, size=2 * SIZE):
     (`draw_framing`). Their score is the ceiling of what a model can score.
     """
     fov_deg, framing, grey = draw_framing(len(things), cameras, seed)
-    seeds = random.Random(seed).sample(REAL_SEEDS, len(things))
-    by_pair = {}
-    for m, thing in enumerate(things):
-        by_pair.setdefault((thing.subject, thing.accessory), []).append(m)
-
+    seeds = real_seeds(len(things), seed)
     shape = (len(things), len(cameras.azimuth), 3, size, size)
     views = torch.zeros(shape, device=device)
-    for pair, ms in by_pair.items():
+    for pair, ms in by_pair(things).items():
         buffers = geometry(
             Thing(*pair), [seeds[m] for m in ms], cameras, device,
             fov_deg=fov_deg[ms], framing=framing[ms], size=size)
@@ -227,13 +242,18 @@ def in_chunks(cutouts, candidates):
         yield select(cutouts, slice(i, i + count))
 
 
-def error_of_sets(cutouts, candidates):
-    """Mean squared error of each set to its nearest candidate, one for all its views: [M]."""
+def error_by_candidate(cutouts, candidates):
+    """Mean squared error of each set to each candidate, over all its views: [M, K]."""
     errors = []
     for chunk in in_chunks(cutouts, candidates):
         error, weight = squared_error(chunk, candidates)
-        errors.append((error.sum(2) / weight.sum(2)).amin(1))
+        errors.append(error.sum(2) / weight.sum(2))
     return torch.cat(errors)
+
+
+def error_of_sets(cutouts, candidates):
+    """Mean squared error of each set to its nearest candidate, one for all its views: [M]."""
+    return error_by_candidate(cutouts, candidates).amin(1)
 
 
 def error_of_views(cutouts, candidates):

@@ -3,6 +3,7 @@
     python -m mvd.metrics --samples 8       # 8 captions of each split, sampled by the tiny model
     python -m mvd.metrics --samples 8 --consistency     # do eight views show one thing?
     python -m mvd.metrics runs/*            # 3D objects
+    python -m mvd.metrics runs/* --shape    # their surfaces
     python -m mvd.metrics runs/* --clip     # of any prompts, judged by CLIP
 
 Prints one line per split (toyworld/words.py). What is not of the toy world, or too fine for its
@@ -26,6 +27,8 @@ from ..tools.files import read_safetensors
 from . import clip, consistency
 from .candidates import SAMPLED, Cameras, at_real_size, real_views
 from .judge import judge_sets, name_colours, report_line, variety
+from .meshes import read_obj, real_mesh
+from .shape import Maps, judge_shapes, maps_of, shape_report, unseen_instances
 from .things import draw_things, read_prompt
 
 SPLITS = ("3d", "image", "never")
@@ -187,6 +190,9 @@ def judge_runs(flags, device):
         sets = [(run.mode, run.prompt, run.views) for run in runs]
         return clip.clip_reports(sets, clip.load_clip(device))
 
+    judge, words, line = judge_pictures, in_words, report_line
+    if flags.shape:
+        judge, words, line = judge_surfaces, shape_in_words, shape_report
     groups = {}
     for run in runs:
         thing = read_prompt(run.prompt)
@@ -195,23 +201,44 @@ def judge_runs(flags, device):
     # (mode, split) -> verdicts, verdicts on real renders
     found = {}
     for (cameras, _), group in groups.items():
-        views = torch.stack([run.views for run, thing in group]).to(device)
         things = [thing for run, thing in group]
-        verdicts, real_verdicts = judge_with_ceiling(views, things, cameras, flags.seed)
-        for (run, _), verdict, real in zip(group, verdicts, real_verdicts):
+        group = [run for run, thing in group]
+        verdicts, real_verdicts = judge(group, things, cameras, device, flags.seed)
+        for run, verdict, real in zip(group, verdicts, real_verdicts):
             thing = verdict["thing"]
             key = (run.mode, toyworld.split(thing.subject, thing.accessory))
             ours, ceiling = found.setdefault(key, ([], []))
             ours.append(verdict)
             ceiling.append(real)
             if not flags.json:
-                print(f"{run.folder}: {in_words(verdict)}")
+                print(f"{run.folder}: {words(verdict)}")
 
+    if flags.shape and len(found) > 1:
+        found.update(of_all_splits(found))
     reports = []
     for mode, split in sorted(found):
         ours, ceiling = found[mode, split]
-        reports.append(report_line({"split": split, "mode": mode}, ours, ceiling))
+        reports.append(line({"split": split, "mode": mode}, ours, ceiling))
     return reports
+
+
+def of_all_splits(found):
+    """{(mode, "all"): the verdicts of all its splits}, from {(mode, split): (ours, on real ones)}.
+
+    A median over all splits cannot be told from those of each.
+    """
+    joined = {}
+    for (mode, _), (ours, ceiling) in found.items():
+        all_ours, all_ceiling = joined.setdefault((mode, "all"), ([], []))
+        all_ours.extend(ours)
+        all_ceiling.extend(ceiling)
+    return joined
+
+
+def judge_pictures(runs, things, cameras, device, seed):
+    """Verdicts on the pictures of runs of M Things, and on real renders."""
+    views = torch.stack([run.views for run in runs]).to(device)
+    return judge_with_ceiling(views, things, cameras, seed)
 
 
 def in_words(verdict):
@@ -222,6 +249,76 @@ def in_words(verdict):
     if verdict["janus"]:
         text += ", Janus"
     return text
+
+
+# ---- the shapes of runs ----------------------------------------------------------------------
+
+def read_surface(folder):
+    """What a run's folder says about its surface: Maps of one set, and the edge of its pictures.
+
+    The edge is how much of the world they show at the distance of the origin. Raises UserError if
+    there are no normals.
+    """
+    tensors, _ = read_safetensors(Path(folder) / "views.safetensors")
+    if "normal" not in tensors:
+        raise UserError(
+            f"{folder} was made by an older distill.py, which wrote no normals: run the same "
+            "command once more with --resume, which only writes the results")
+    half = torch.tan(torch.deg2rad(tensors["fov"]) / 2)
+    edge = 2 * (tensors["distance"] * half).item()
+    return Maps(tensors["normal"][None], tensors["opacity"][None]), edge
+
+
+def judge_surfaces(runs, things, cameras, device, seed):
+    """Verdicts of shape.py on runs of M Things, and on real instances that no candidate is."""
+    surfaces = [read_surface(run.folder) for run in runs]
+    edges = [edge for maps, edge in surfaces]
+    unseen = unseen_instances(len(things), cameras, seed)
+    real = maps_of(things, unseen, cameras, device, runs[0].views.shape[-1])
+    normal = torch.cat([maps.normal for maps, edge in surfaces])
+    opacity = torch.cat([maps.opacity for maps, edge in surfaces])
+    both = Maps(
+        torch.cat([normal.to(device), real.normal]), torch.cat([opacity.to(device), real.opacity]))
+
+    def meshes():
+        for run in runs:
+            yield read_obj(Path(run.folder) / "mesh.obj")
+        for thing, instance, framing, edge in zip(things, unseen.seeds, unseen.framing, edges):
+            yield real_mesh(thing, instance, edge / framing.item(), device)
+
+    progress = functools.partial(tqdm, desc="judging", unit="pair", disable=None)
+    of_meshes = tqdm(meshes(), desc="meshes", unit="mesh", total=len(both.normal), disable=None)
+    verdicts = judge_shapes(
+        both, of_meshes, edges * 2, things * 2, cameras=cameras, seed=seed, progress=progress)
+    return verdicts[:len(runs)], verdicts[len(runs):]
+
+
+def shape_in_words(verdict):
+    """A verdict on a shape for people: "recognised, normals 12 degrees off, roughness ..."."""
+    numbers = {name: cell(value) for name, value in verdict.items()}
+    text = "recognised"
+    if not verdict["recognised"]:
+        text = "looks like " + toyworld.captions(verdict["nearest"])[0]
+    text += (
+        ", normals {angle} degrees off, roughness {roughness} degrees, {ratio} of the real one"
+        .format(**numbers))
+    if verdict["watertight"] is None:
+        return f"{text}; no mesh"
+    closed = "watertight" if verdict["watertight"] else "not watertight"
+    return text + (
+        "; {components} components, {closed}, volume {volume} of the real one, {floaters} of it "
+        "in floaters, {outside} outside the hull".format(**numbers, closed=closed))
+
+
+def print_shape_tables(reports):
+    """Print a table per report of `shape_report`: its figures, and beside each the real one."""
+    for report in reports:
+        print("{split}, {mode}: {n} runs".format(**report))
+        rows = []
+        for name, value in report.items():
+            if f"{name}_real" in report:
+                rows.append({"figure": name, "runs": value, "real": report[f"{name}_real"]})
+        print_table(rows)
 
 
 # ---- the command -----------------------------------------------------------------------------
@@ -262,6 +359,8 @@ def main():
         help="with --samples: tiny, mvdream-sd21, sd21, or the path of a checkpoint")
     add("--clip", action="store_true",
         help="let CLIP judge, by any prompts, instead of the world's renders")
+    add("--shape", action="store_true",
+        help="with runs: judge their surfaces instead of their colours, by normals and mesh")
     add("--device", default="auto", help="cuda, mps or cpu; auto takes the best")
     add("--seed", type=int, default=0, help="of captions, noise and real renders")
     add("--json", action="store_true", help="one JSON object per line instead of a table")
@@ -269,6 +368,8 @@ def main():
     if bool(flags.runs) == (flags.samples is not None):
         raise UserError(
             "name the folders of runs, or say how many captions to sample: --samples 8")
+    if flags.shape and (flags.clip or not flags.runs):
+        raise UserError("--shape judges the folders of runs, by the world's renders, not by CLIP")
     device = choose_device(flags.device)
     if flags.runs:
         reports = judge_runs(flags, device)
@@ -277,5 +378,7 @@ def main():
     if flags.json:
         for report in reports:
             print(json.dumps(report))
+    elif flags.runs and flags.shape:
+        print_shape_tables(reports)
     else:
         print_table(reports)

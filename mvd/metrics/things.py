@@ -16,12 +16,14 @@ from ..toyworld import ACCESSORIES, COLOURS, SUBJECTS, Thing
 CAPTIONS = 64
 
 
-def distractors(thing, seed=0):
+def distractors(thing, seed=0, colours=tuple(COLOURS)):
     """The CAPTIONS - 1 other Things of the choice: always the same ones for a Thing and a seed.
 
     Half of CAPTIONS (32) differ from the Thing in exactly one of subject, accessory and colour,
     the others (31) in two or three. They always have an accessory, except that those with another
     subject or colour keep the Thing's own, which may be None.
+    colours: those that they may have. With (None,), and a Thing without a colour, every one of
+    them has another shape: 32 differ in one of subject and accessory, 31 in both.
     """
     near = []
     for subject in SUBJECTS:
@@ -30,12 +32,12 @@ def distractors(thing, seed=0):
     for accessory in ACCESSORIES:
         if accessory != thing.accessory:
             near.append(thing._replace(accessory=accessory))
-    for colour in COLOURS:
+    for colour in colours:
         if colour != thing.colour:
             near.append(thing._replace(colour=colour))
 
     far = []
-    for names in itertools.product(SUBJECTS, ACCESSORIES, COLOURS):
+    for names in itertools.product(SUBJECTS, ACCESSORIES, colours):
         other = Thing(*names)
         if differences(other, thing) > 1:
             far.append(other)
