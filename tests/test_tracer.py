@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 
 from mvd.cameras import orbit, rays
+from mvd.toyworld import tracer
 from mvd.toyworld.solids import ball, box, limb, pack, rotation
 from mvd.toyworld.tracer import (
     NOTHING, Buffers, camera_rays, compact, march_cones, paint, shade_surface, sphere_trace, trace,
+    trace_normals,
 )
 from test_solids import one, vector
 
@@ -324,3 +326,68 @@ def test_the_gpu_draws_the_same():
     shapes = pack(parts, 3, scale=scale, device="cuda")
     on_gpu = paint(trace(shapes, c2w.cuda(), fov.cuda(), 64), colours.cuda()).cpu()
     assert (on_cpu - on_gpu).abs().mean() < 1e-3
+
+
+# ---- normal maps -----------------------------------------------------------------------------
+
+def two_balls():
+    """Balls of two centres and radii, moved and scaled into the world, seen by three cameras.
+
+    Returns shapes, c2w [2, 3, 4, 4], and the centres [2, 3] and radii [2] in the world.
+    """
+    centre = torch.tensor([[0.1, -0.05, 0.08], [-0.06, 0.1, 0.0]])
+    radius = torch.tensor([0.31, 0.22])
+    offset = torch.tensor([[0.02, 0.03, -0.04], [0.05, 0.0, 0.02]])
+    scale = torch.tensor([0.9, 1.3])
+    shapes = pack(
+        [ball(tuple(centre.T), radius, 0)], 2, offset=offset, scale=scale)
+    azimuth = torch.tensor([[0.0, 75.0, 200.0]])
+    c2w = orbit(25.0, azimuth, torch.tensor([[1.5], [1.8]]))
+    return shapes, c2w, centre * scale[:, None] + offset, radius * scale
+
+
+@pytest.mark.parametrize("size", [30, 64])
+def test_normal_maps_of_balls(size):
+    shapes, c2w, centre, radius = two_balls()
+    normal, coverage = trace_normals(shapes, c2w, torch.tensor([40.0, 35.0]), size)
+    assert normal.shape == (2, 3, 3, size, size) and coverage.shape == (2, 3, 1, size, size)
+    fov_deg = torch.tensor([[40.0] * 3, [35.0] * 3])
+    origins, directions = rays(c2w, fov_deg, size)
+    origins = origins.double() - centre[:, None, None, None]
+    directions = directions.double()
+    along = (origins * directions).sum(-1)
+    root = along ** 2 - (origins ** 2).sum(-1) + radius[:, None, None, None].double() ** 2
+    expected = origins + directions * (-along - root.clamp(min=0).sqrt())[..., None]
+    expected = F.normalize(expected, dim=-1).movedim(-1, 2)
+
+    there = root > 0
+    clear = root.abs() > 0.008
+    assert torch.equal((coverage[:, :, 0] == 1)[clear], there[clear])
+    assert ((coverage == 0) | (coverage == 1)).all()
+    length = torch.linalg.vector_norm(normal, dim=2)
+    assert torch.allclose(length, coverage[:, :, 0], atol=1e-5), "unit vectors, or 0 for nothing"
+    apart = torch.linalg.vector_norm(normal - expected, dim=2)[clear & there]
+    assert apart.mean() < 0.01 and apart.max() < 0.1
+    # The mean of a front is towards the camera.
+    facing = (normal * c2w[..., :3, 2][..., None, None]).sum(2)
+    assert (facing[clear & there] > -0.05).all(), "a normal looks away from the camera"
+
+
+def test_normal_maps_do_not_depend_on_how_much_fits_into_memory(monkeypatch):
+    shapes, c2w, _, _ = two_balls()
+    at_once = trace_normals(shapes, c2w, torch.tensor([40.0, 35.0]), 16)
+    for budget in (256, 600, 900):
+        monkeypatch.setattr(tracer, "rays_at_once", lambda device: budget)
+        in_parts = trace_normals(shapes, c2w, torch.tensor([40.0, 35.0]), 16)
+        for found, expected in zip(in_parts, at_once):
+            assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_normal_maps_of_nothing():
+    shapes = one(ball((0, 0, 0), 0.1, 0))
+    c2w = orbit(torch.tensor([[0.0]]), torch.tensor([[0.0]]), 2.0)
+    # It looks away.
+    c2w[..., :3, 0] *= -1
+    c2w[..., :3, 2] *= -1
+    normal, coverage = trace_normals(shapes, c2w, torch.tensor([40.0]), 16)
+    assert (normal == 0).all() and (coverage == 0).all()
