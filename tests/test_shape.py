@@ -99,7 +99,7 @@ def test_what_is_not_there_does_not_count():
     # Where nothing is, a normal may be anything, not even a number.
     normal[1, :, :, :20] = torch.nan
     normal[1, :, :, 20:100, 30:90] = torch.tensor([0.0, 0.6, 0.8])[:, None, None]
-    found = roughness(Maps(normal.nan_to_num(), opacity))
+    found = roughness(Maps(normal, opacity))
     assert known(found[0]) is None, "an empty picture has no roughness"
     assert found[1].item() == pytest.approx(0, abs=1e-4)
 
@@ -239,9 +239,9 @@ def test_shapes_of_runs(monkeypatch, capsys, tmp_path, small_judge):
     assert image["outside"] < 0.1
 
     table = run_main(monkeypatch, capsys, first, "--shape")
-    assert "recognised, normals" in table and "watertight, volume" in table
-    assert "image, 3d: 1 runs" in table and "largest_ratio" in table
-    assert "all, 3d" not in table, "one split is the same as all"
+    assert "recognised; normals" in table and "; watertight; volume" in table
+    assert "split image, mode 3d, n = 1" in table and "largest_ratio" in table
+    assert "split all" not in table, "one split is the same as all"
 
 
 def test_mistakes_of_the_user(monkeypatch, capsys, tmp_path, small_judge):

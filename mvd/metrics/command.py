@@ -132,6 +132,10 @@ class Run(NamedTuple):
     cameras: Cameras
     # [V, 3, H, W] in [0, 1].
     views: torch.Tensor
+    # Only for --shape (`with_surface`): Maps of one set, and how much of the world a picture shows
+    # at the distance of the origin.
+    maps: Maps | None = None
+    edge: float | None = None
 
 
 def read_views(folder):
@@ -192,6 +196,7 @@ def judge_runs(flags, device):
 
     judge, words, line = judge_pictures, in_words, report_line
     if flags.shape:
+        runs = [with_surface(run) for run in runs]
         judge, words, line = judge_surfaces, shape_in_words, shape_report
     groups = {}
     for run in runs:
@@ -243,42 +248,43 @@ def judge_pictures(runs, things, cameras, device, seed):
 
 def in_words(verdict):
     """A verdict for people: "recognised", "looks like a blue bus, Janus", ..."""
-    text = "recognised"
-    if not verdict["recognised"]:
-        text = "looks like " + toyworld.captions(verdict["nearest"])[0]
+    text = recognised_in_words(verdict)
     if verdict["janus"]:
         text += ", Janus"
     return text
 
 
+def recognised_in_words(verdict):
+    """What pictures are nearest to: "recognised", or "looks like a blue bus"."""
+    if verdict["recognised"]:
+        return "recognised"
+    return "looks like " + toyworld.captions(verdict["nearest"])[0]
+
+
 # ---- the shapes of runs ----------------------------------------------------------------------
 
-def read_surface(folder):
-    """What a run's folder says about its surface: Maps of one set, and the edge of its pictures.
-
-    The edge is how much of the world they show at the distance of the origin. Raises UserError if
-    there are no normals.
-    """
-    tensors, _ = read_safetensors(Path(folder) / "views.safetensors")
+def with_surface(run):
+    """The Run with its maps and edge. Raises UserError if its folder holds no normals."""
+    tensors, _ = read_safetensors(Path(run.folder) / "views.safetensors")
     if "normal" not in tensors:
         raise UserError(
-            f"{folder} was made by an older distill.py, which wrote no normals: run the same "
+            f"{run.folder} was made by an older distill.py, which wrote no normals: run the same "
             "command once more with --resume, which only writes the results")
     half = torch.tan(torch.deg2rad(tensors["fov"]) / 2)
-    edge = 2 * (tensors["distance"] * half).item()
-    return Maps(tensors["normal"][None], tensors["opacity"][None]), edge
+    return run._replace(
+        maps=Maps(tensors["normal"][None], tensors["opacity"][None]),
+        edge=2 * (tensors["distance"] * half).item())
 
 
 def judge_surfaces(runs, things, cameras, device, seed):
     """Verdicts of shape.py on runs of M Things, and on real instances that no candidate is."""
-    surfaces = [read_surface(run.folder) for run in runs]
-    edges = [edge for maps, edge in surfaces]
     unseen = unseen_instances(len(things), cameras, seed)
     real = maps_of(things, unseen, cameras, device, runs[0].views.shape[-1])
-    normal = torch.cat([maps.normal for maps, edge in surfaces])
-    opacity = torch.cat([maps.opacity for maps, edge in surfaces])
+    normal = torch.cat([run.maps.normal for run in runs])
+    opacity = torch.cat([run.maps.opacity for run in runs])
     both = Maps(
         torch.cat([normal.to(device), real.normal]), torch.cat([opacity.to(device), real.opacity]))
+    edges = [run.edge for run in runs]
 
     def meshes():
         for run in runs:
@@ -286,34 +292,34 @@ def judge_surfaces(runs, things, cameras, device, seed):
         for thing, instance, framing, edge in zip(things, unseen.seeds, unseen.framing, edges):
             yield real_mesh(thing, instance, edge / framing.item(), device)
 
-    progress = functools.partial(tqdm, desc="judging", unit="pair", disable=None)
-    of_meshes = tqdm(meshes(), desc="meshes", unit="mesh", total=len(both.normal), disable=None)
+    progress = functools.partial(tqdm, desc="judging", disable=None)
     verdicts = judge_shapes(
-        both, of_meshes, edges * 2, things * 2, cameras=cameras, seed=seed, progress=progress)
+        both, meshes(), edges * 2, things * 2, cameras=cameras, seed=seed, progress=progress)
     return verdicts[:len(runs)], verdicts[len(runs):]
 
 
 def shape_in_words(verdict):
     """A verdict on a shape for people: "recognised, normals 12 degrees off, roughness ..."."""
     numbers = {name: cell(value) for name, value in verdict.items()}
-    text = "recognised"
-    if not verdict["recognised"]:
-        text = "looks like " + toyworld.captions(verdict["nearest"])[0]
-    text += (
-        ", normals {angle} degrees off, roughness {roughness} degrees, {ratio} of the real one"
-        .format(**numbers))
+    words = [
+        recognised_in_words(verdict),
+        "normals {angle} degrees off".format(**numbers),
+        "roughness {roughness} degrees, {ratio} times the real".format(**numbers),
+    ]
     if verdict["watertight"] is None:
-        return f"{text}; no mesh"
-    closed = "watertight" if verdict["watertight"] else "not watertight"
-    return text + (
-        "; {components} components, {closed}, volume {volume} of the real one, {floaters} of it "
-        "in floaters, {outside} outside the hull".format(**numbers, closed=closed))
+        words.append("no mesh")
+    else:
+        words.append("watertight" if verdict["watertight"] else "not watertight")
+        words.append(
+            "volume {volume} times the real, in {components} parts, {floaters} of it floating, "
+            "{outside} outside the hull".format(**numbers))
+    return "; ".join(words)
 
 
 def print_shape_tables(reports):
     """Print a table per report of `shape_report`: its figures, and beside each the real one."""
     for report in reports:
-        print("{split}, {mode}: {n} runs".format(**report))
+        print("split {split}, mode {mode}, n = {n}".format(**report))
         rows = []
         for name, value in report.items():
             if f"{name}_real" in report:

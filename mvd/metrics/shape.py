@@ -13,6 +13,7 @@ is in meshes.py.
 
 Shapes: M sets of V views; s = SIZE pixels.
 """
+import statistics
 from typing import NamedTuple
 
 import torch
@@ -84,8 +85,7 @@ def roughness(maps):
 
     The mean angle between a pixel's normal and the mean normal of its 5 x 5 neighbourhood, over the
     pixels of all views whose neighbourhood is inside the silhouette. It is defined for pictures of
-    128 x 128: others are resized first. Roughness depends on the size, its ratio to that of real
-    renders of the same size hardly.
+    128 x 128: others are resized first, and so are the real renders that they are compared with.
     """
     normal, opacity = at_size(maps, ROUGH_SIZE)
     rim = NEIGHBOURHOOD // 2
@@ -99,14 +99,16 @@ def roughness(maps):
 
 def mean_where(values, there):
     """The mean of values [M, ...] where `there` [M, ...], of each set: [M]; nan for nowhere."""
-    total = (values * there).flatten(1).sum(1)
+    total = torch.where(there, values, 0).flatten(1).sum(1)
     return total / there.flatten(1).sum(1)
 
 
 # ---- real renders ----------------------------------------------------------------------------
 
 def draw_maps(thing, seeds, cameras, device, *, framing, size):
-    """The Maps of a Thing in one proportion per seed. framing (a number or [N]): as in `geometry`.
+    """The Maps of a Thing in one proportion per seed, N in all.
+
+    framing (a number or [N]): as in `candidates.camera_matrices`.
     """
     fov_deg = torch.full((len(seeds),), cameras.fov_deg)
     shapes = toyworld.build(thing.subject, thing.accessory, list(seeds), device)
@@ -220,7 +222,7 @@ def judge_shapes(maps, surfaces, edges, things, *, cameras, seed=0, progress=ite
     maps: of M sets. surfaces: an iterable of M meshes (vertices, faces), each None if there is
     none; edges: M numbers, how much of the world a picture shows at the distance of the origin.
     things: M Things, whose colours do not count. seed: of the distractors. progress: wraps the loop
-    over captions. A verdict is a dict:
+    over captions, and that over meshes. A verdict is a dict:
         thing, nearest, recognised      as in `judge.verdict`, but from normals, without colours
         roughness                       in degrees
         ratio                           roughness over the mean of the caption's real renders
@@ -239,7 +241,7 @@ def judge_shapes(maps, surfaces, edges, things, *, cameras, seed=0, progress=ite
     rough = roughness(maps)
     ratios = rough / real_roughness(things, cameras, device, size)
     verdicts = []
-    for m, surface in enumerate(surfaces):
+    for m, surface in enumerate(progress(surfaces)):
         edge = edges[m] / instances.framing[m].item()
         real = real_mesh(things[m], instances.seeds[m], edge, device)
         verdicts.append({
@@ -273,7 +275,7 @@ def shape_summary(verdicts):
         "angle": mean(numbers("angle")),
         "roughness": mean(numbers("roughness")),
         "smallest_ratio": min(ratios),
-        "median_ratio": sorted(ratios)[len(ratios) // 2],
+        "median_ratio": statistics.median(ratios),
         "largest_ratio": max(ratios),
         "watertight": mean([bool(v["watertight"]) for v in verdicts]),
         "components": mean(numbers("components")),
