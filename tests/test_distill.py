@@ -219,6 +219,7 @@ def test_a_run_leaves_everything_behind(start, tmp_path, capsys):
     views, _ = read_safetensors(out / "views.safetensors")
     assert views["rgb"].shape == (8, 3, 32, 32)
     assert views["opacity"].shape == (8, 1, 32, 32)
+    assert views["normal"].shape == (8, 3, 32, 32)
     assert 0 < views["opacity"].mean() < 1
     assert torch.equal(views["azimuth"], torch.arange(8) * 45.0)
     # The tangent of 20 degrees.
