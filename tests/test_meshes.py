@@ -182,9 +182,11 @@ def test_read_obj_is_what_was_written(tmp_path):
     assert read_obj(tmp_path / "nothing.obj") is None
 
 
-@pytest.mark.parametrize("text", ["v 1 2 three\nf 1 1 1\n", "v 1 2\nf 1 1 1\n", "v 1 2 3\nf 1 2\n"])
+@pytest.mark.parametrize("text", [
+    "", "v 1 2 3\n", "v 1 2 three\nf 1 1 1\n", "v 1 2\nf 1 1 1\n", "v 1 2 3\nf 1 2\n",
+    "v 1 2 3\nf 1 1 2\n", "v 1 2 3\nf 0 1 1\n", b"\xff\xfe v"])
 def test_a_damaged_file_is_a_mistake_of_the_user(tmp_path, text):
     path = tmp_path / "mesh.obj"
-    path.write_text(text)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match="is not a mesh"):
         read_obj(path)

@@ -268,8 +268,8 @@ def with_surface(run):
     tensors, _ = read_safetensors(Path(run.folder) / "views.safetensors")
     if "normal" not in tensors:
         raise UserError(
-            f"{run.folder} was made by an older distill.py, which wrote no normals: run the same "
-            "command once more with --resume, which only writes the results")
+            f"{run.folder} was made by an older distill.py, which wrote no normals: "
+            "make the object again, or leave out --shape")
     half = torch.tan(torch.deg2rad(tensors["fov"]) / 2)
     return run._replace(
         maps=Maps(tensors["normal"][None], tensors["opacity"][None]),

@@ -36,8 +36,12 @@ def read_obj(path):
         lines = Path(path).read_text().splitlines()
         corners = [line for line in lines if line.startswith("v ")]
         triangles = [line for line in lines if line.startswith("f ")]
+        if not corners or not triangles:
+            raise ValueError("it has no faces")
         vertices = np.loadtxt(corners, usecols=(1, 2, 3), ndmin=2)
         faces = np.loadtxt(triangles, usecols=(1, 2, 3), ndmin=2, dtype=np.int64) - 1
+        if faces.min() < 0 or faces.max() >= len(vertices):
+            raise ValueError("a face names a vertex that is not there")
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
