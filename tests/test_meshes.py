@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mvd import mesh
+from mvd.metrics import meshes
 from mvd.metrics.candidates import Cameras, even_azimuths
 from mvd.metrics.meshes import (
     CELLS,
@@ -156,7 +157,8 @@ def test_hull_of_a_ball_is_where_its_cones_meet():
     assert outside_hull(larger[:0], disc, CAMERAS, EDGE) is None
 
 
-def test_a_real_mesh_is_where_its_pictures_show_it():
+def test_a_real_mesh_is_where_its_pictures_show_it(monkeypatch):
+    monkeypatch.setattr(meshes, "CELLS", 64)
     scale = 0.8
     thing = Thing("train", "crown")
     maps = draw_maps(thing, [3], CAMERAS, "cpu", framing=1 / scale, size=128)

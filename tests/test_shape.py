@@ -105,7 +105,7 @@ def test_what_is_not_there_does_not_count():
 
 
 def test_roughness_hardly_depends_on_the_size_that_was_drawn():
-    drawn = [draw_maps(BULLDOG, [5], CAMERAS, "cpu", framing=1.0, size=s) for s in (128, 256)]
+    drawn = [draw_maps(BULLDOG, [5], CAMERAS, "cpu", framing=1.0, size=s) for s in (128, 192)]
     usual, large = [roughness(maps).item() for maps in drawn]
     assert 5 < usual < 14, "the bulldog of the world is as rough as real renders are"
     assert large == pytest.approx(usual, rel=0.25)
@@ -250,10 +250,6 @@ def test_mistakes_of_the_user(monkeypatch, capsys, tmp_path, small_judge):
     save_run(tmp_path / "old", BULLDOG)
     with pytest.raises(UserError, match="no normals"):
         run_main(monkeypatch, capsys, str(tmp_path / "old"), "--shape")
-    save_shape_run(tmp_path / "a", BULLDOG, 77, with_mesh=False)
-    (tmp_path / "a" / "mesh.obj").write_text("v 1 2 three\n")
-    with pytest.raises(UserError, match="is not a mesh"):
-        run_main(monkeypatch, capsys, str(tmp_path / "a"), "--shape")
 
 
 def test_unseen_instances_are_no_candidates():
