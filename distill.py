@@ -53,7 +53,7 @@ FIRST_LOOK = 20
 # A run of fewer steps is too short to make up for compiling.
 COMPILE_FROM = 1000
 # Settings that may differ when a run is resumed.
-MAY_CHANGE = ("save_every", "show_every", "compile")
+MAY_CHANGE = ("save_every", "show_every", "compile", "mesh_size")
 
 
 def preset_settings(flags):
@@ -127,21 +127,31 @@ def progress_files(out):
 
 
 def write_mesh(distillation, out):
-    """Write mesh.glb and mesh.obj, or say that there is no surface."""
-    nerf, threshold = distillation.nerf, distillation.s.density_threshold
+    """Write mesh.glb and mesh.obj and print what they are like, or that there is no surface."""
+    nerf, s = distillation.nerf, distillation.s
 
     def albedo(points):
         return nerf(points)[1]
 
     try:
         surface = mesh.extract(
-            nerf.density, albedo, threshold=threshold, device=distillation.device
+            nerf.density,
+            albedo,
+            size=s.mesh_size,
+            threshold=s.density_threshold,
+            device=distillation.device,
         )
     except UserError as error:
         print(f"no mesh: {error}")
         return
     mesh.write_glb(out / "mesh.glb", surface)
     mesh.write_obj(out / "mesh.obj", surface)
+    volume = mesh.volume(surface.vertices, surface.faces)
+    watertight = "watertight" if mesh.is_watertight(surface.faces) else "not watertight"
+    print(
+        f"{out / 'mesh.glb'}: {len(surface.faces):,} faces, volume {volume:.3f} of the box's 8, "
+        f"{watertight}"
+    )
 
 
 def write_results(distillation, out, size, done):

@@ -7,7 +7,12 @@ the tetrahedron's edges cross the threshold. Such a point belongs to an edge of 
 and not to a cell: it becomes one vertex that all triangles around it share. The mesh is
 therefore watertight, without marching cubes' table of 256 cases and its ambiguous ones.
 
-Doi and Koide, An efficient method of triangulating equi-valued surfaces (1991); glTF 2.0.
+It has many small and thin triangles: vertices that lie close together are merged, and
+what is left is smoothed. Neither opens the mesh, closes a hole or loses a part.
+
+Doi and Koide, An efficient method of triangulating equi-valued surfaces (1991); Treece,
+Prager and Gee, Regularised marching tetrahedra (1999); Taubin, A signal processing
+approach to fair surface design (1995); glTF 2.0.
 """
 import itertools
 import json
@@ -23,7 +28,7 @@ from .tools.files import write_atomic
 
 class Mesh(NamedTuple):
     """A closed surface, z up, front +x; faces are counter-clockwise seen from outside."""
-    vertices: np.ndarray    # [M, 3] float32, world units, in [-1, 1]
+    vertices: np.ndarray    # [M, 3] float32, world units
     faces: np.ndarray       # [F, 3] int32, numbers of vertices
     colours: np.ndarray     # [M, 3] float32, in [0, 1], sRGB as in a picture
     normals: np.ndarray     # [M, 3] float32, unit length, outward
@@ -165,24 +170,132 @@ def marching_tetrahedra(values, threshold):
     return vertices.astype(np.float32), faces.reshape(-1, 3).astype(np.int32)
 
 
-def connected_parts(faces):
-    """Which part each face belongs to: [F], a vertex's number, the same for all of a part.
+def _edges(faces):
+    """The edges of the faces [F, 3], as the faces run along them: starts, ends [3 F] int64."""
+    starts = faces.ravel().astype(np.int64)
+    ends = faces[:, [1, 2, 0]].ravel().astype(np.int64)
+    return starts, ends
 
-    faces [F, 3]: numbers of vertices. A part is what hangs together by its vertices. Every
-    vertex carries a label, at first its own number. Labels are lowered until they agree
-    within each face; then they agree within each part.
+
+def _sums(weights, numbers, count):
+    """The sum of the rows of weights [N, 3] that have the same number: [count, 3] float64."""
+    sums = [np.bincount(numbers, column, count) for column in weights.T]
+    return np.stack(sums, axis=1)
+
+
+def _count_within(groups, count):
+    """How many of the rows [N, k] of group numbers name this group only, by group: [count]."""
+    same = (groups == groups[:, :1]).all(axis=1)
+    return np.bincount(groups[same, 0], minlength=count)
+
+
+def _labels(rows, count):
+    """A label for each of `count` vertices: the same for those that the rows connect, [count].
+
+    rows [N, k]: numbers of vertices that hang together. Every vertex carries a label, at
+    first its own number. Labels are lowered until they agree within each row.
     """
-    label = np.arange(faces.max(initial=-1) + 1)
+    label = np.arange(count)
     while True:
-        labels = label[faces]    # [F, 3]
+        labels = label[rows]    # [N, k]
         lowest = labels.min(axis=1, keepdims=True)
         if (labels == lowest).all():
-            return label[faces[:, 0]]
-        # A label is the number of a vertex: that vertex takes the face's lowest label ...
+            return label
+        # A label is the number of a vertex: that vertex takes the row's lowest label ...
         np.minimum.at(label, labels, np.broadcast_to(lowest, labels.shape))
         # ... and every vertex takes the label at the end of its chain of labels.
         while not (label[label] == label).all():
             label = label[label]
+
+
+def _discs(vertices, faces):
+    """Groups of vertices that may become one: (group of each vertex [M], may it [groups]).
+
+    vertices, faces: a closed mesh in grid coordinates. A group is a patch: vertices that
+    are nearest to the same grid point, and that edges between them connect. The two sides
+    of a thin sheet are two groups. A patch may become one vertex if it is a disc, for which
+    vertices - edges + faces = 1; the ring round a thin bar is none.
+    """
+    nearest = np.floor(vertices + 0.5)
+    starts, ends = _edges(faces)
+    # In a closed mesh each edge occurs in both directions.
+    once = starts < ends
+    edges = np.stack([starts[once], ends[once]], axis=1)
+    within = (nearest[edges[:, 0]] == nearest[edges[:, 1]]).all(axis=1)
+    label = _labels(edges[within], len(vertices))
+    group = np.unique(label, return_inverse=True)[1]
+    count = group.max() + 1
+    vertex_count = np.bincount(group)
+    edge_count = _count_within(group[edges], count)
+    face_count = _count_within(group[faces], count)
+    return group, vertex_count - edge_count + face_count == 1
+
+
+def merge_vertices(vertices, faces):
+    """About a third of the vertices, the same surface: (vertices [M', 3], faces [F', 3]).
+
+    vertices, faces: a closed mesh as `marching_tetrahedra` returns it, in grid coordinates.
+    There, many vertices lie on the edges round one grid point, and their faces are small or
+    thin. Such a group becomes one vertex, the mean, if it is a disc (see `_discs`). A face
+    that has two corners of the same vertex then goes.
+
+    Groups stay as they are where the surface would touch itself: where an edge would lie
+    between four faces, or a vertex have fewer than three. The mesh is therefore closed as
+    before, and has as many parts and holes.
+    """
+    group, is_merged = _discs(vertices, faces)
+    # A vertex that is not merged is a group of its own.
+    alone = len(is_merged) + np.arange(len(vertices))
+    while True:
+        label = np.where(is_merged[group], group, alone)
+        number = np.unique(label, return_inverse=True)[1]
+        count = number.max() + 1
+        a, b, c = number[faces].T
+        whole = (a != b) & (b != c) & (c != a)
+        merged = number[faces[whole]]
+
+        starts, ends = _edges(merged)
+        edges, times = np.unique(starts * count + ends, return_counts=True)
+        crowded = edges[times > 1]
+        around = np.bincount(merged.ravel(), minlength=count)
+        flat = merged[(around[merged] < 3).any(axis=1)]
+        gone = np.flatnonzero(around == 0)
+        wrong = np.concatenate([crowded // count, crowded % count, flat.ravel(), gone])
+        if len(wrong) == 0:
+            break
+        is_merged[group[np.isin(number, wrong)]] = False
+
+    means = _sums(vertices, number, count) / np.bincount(number)[:, None]
+    return means.astype(np.float32), merged.astype(np.int32)
+
+
+def smooth(vertices, faces, rounds=10):
+    """The vertices without the bumps that are as small as a face: [M, 3] float32.
+
+    vertices [M, 3], faces [F, 3]: a closed mesh. In a round each vertex goes half of the
+    way to the mean of its neighbours, which smooths and shrinks; then it goes 0.53 of the
+    way back from the mean of theirs, which undoes the shrinking (Taubin). A ripple of
+    which the means are 1 - k times the ripple is multiplied by (1 - 0.5 k) (1 + 0.53 k)
+    per round: about 1 for the large shapes, where k is near 0, and far less for the small.
+    """
+    starts, ends = _edges(faces)
+    count = len(vertices)
+    # In a closed mesh each vertex is the start of an edge to each neighbour.
+    neighbours = np.bincount(starts, minlength=count)[:, None]
+    vertices = vertices.astype(np.float64)
+    for _ in range(rounds):
+        for share in (0.5, -0.53):
+            mean = _sums(vertices[ends], starts, count) / neighbours
+            vertices = vertices + share * (mean - vertices)
+    return vertices.astype(np.float32)
+
+
+def connected_parts(faces):
+    """Which part each face belongs to: [F], a vertex's number, the same for all of a part.
+
+    faces [F, 3]: numbers of vertices. A part is what hangs together by its vertices.
+    """
+    return _labels(faces, faces.max(initial=-1) + 1)[faces[:, 0]]
 
 
 def drop_specks(vertices, faces, share=0.02):
@@ -215,8 +328,7 @@ def is_watertight(faces):
     Then each face's neighbour runs along their common edge the other way round: each edge
     occurs once in each direction. A mesh without faces is not watertight.
     """
-    starts = faces.ravel().astype(np.int64)
-    ends = faces[:, [1, 2, 0]].ravel().astype(np.int64)
+    starts, ends = _edges(faces)
     count = faces.max(initial=-1) + 1
     there = np.sort(starts * count + ends)
     back = np.sort(ends * count + starts)
@@ -235,10 +347,7 @@ def vertex_normals(vertices, faces):
     c = vertices[faces[:, 2]]
     # The length of the cross product is twice the area of the face.
     of_face = np.cross(b - a, c - a)
-    normals = np.zeros((len(vertices), 3))
-    for axis in range(3):
-        weights = np.repeat(of_face[:, axis], 3)
-        normals[:, axis] = np.bincount(faces.ravel(), weights, len(vertices))
+    normals = _sums(np.repeat(of_face, 3, axis=0), faces.ravel(), len(vertices))
     length = np.linalg.norm(normals, axis=1, keepdims=True)
     unit = normals / np.maximum(length, 1e-30)
     # Where the normals cancel out, any direction will do.
@@ -267,30 +376,36 @@ def seen_colours(density_fn, colour_fn, points, inward, *, start=-0.05, end=0.25
     return total / weights.sum(1, keepdim=True).clamp(min=1e-9)
 
 
-@torch.no_grad()
-def extract(density_fn, colour_fn, *, resolution=128, threshold=25.0, device="cpu"):
-    """The Mesh of the surface density = threshold, with the colours seen from outside.
-
-    density_fn: points [N, 3] in world units on `device` -> [N]; colour_fn: the same
-    points -> [N, 3] in [0, 1]. The density is taken at the centres of resolution^3 cells
-    that fill the box [-1, 1]^3. Small loose parts are dropped. Raises UserError if the
-    density is nowhere above the threshold.
-    """
-    centres = (torch.arange(resolution) + 0.5) / resolution * 2 - 1
+def sample_density(density_fn, size, device="cpu"):
+    """The density at the centres of size^3 cells that fill the box: [size, size, size]."""
+    centres = (torch.arange(size) + 0.5) / size * 2 - 1
     points = torch.cartesian_prod(centres, centres, centres)    # [n^3, 3], x slowest
     # In chunks, since a hash grid needs kilobytes per point.
     density = []
     for chunk in points.split(65536):
         density.append(density_fn(chunk.to(device)).float().cpu())
-    density = torch.cat(density).view(resolution, resolution, resolution)
+    return torch.cat(density).view(size, size, size)
 
+
+@torch.no_grad()
+def extract(density_fn, colour_fn, *, size=128, threshold=25.0, device="cpu"):
+    """The Mesh of the surface density = threshold, with the colours seen from outside.
+
+    density_fn: points [N, 3] in world units on `device` -> [N]; colour_fn: the same
+    points -> [N, 3] in [0, 1]. The density is taken at the centres of size^3 cells that
+    fill the box [-1, 1]^3. Small loose parts are dropped. Raises UserError if the density
+    is nowhere above the threshold.
+    """
+    density = sample_density(density_fn, size, device)
     vertices, faces = marching_tetrahedra(density, threshold)
     if len(faces) == 0:
         raise UserError(
             "there is no object to make a mesh of: the density stays below "
             f"{threshold:g} (largest {density.max():.3g}); run more steps")
     vertices, faces = drop_specks(vertices, faces)
-    vertices = (vertices + 0.5) / resolution * 2 - 1
+    vertices, faces = merge_vertices(vertices, faces)
+    vertices = smooth(vertices, faces)
+    vertices = (vertices + 0.5) / size * 2 - 1
     normals = vertex_normals(vertices, faces)
 
     points = torch.from_numpy(vertices).split(2048)
@@ -322,17 +437,15 @@ def _y_up(vectors):
     return np.ascontiguousarray(vectors[:, [1, 2, 0]], dtype=np.float32)
 
 
-def _linear_rgba(colours):
-    """sRGB colours [M, 3] in [0, 1] -> linear RGBA [M, 4], opaque (IEC 61966-2-1).
+def _linear_rgb(colours):
+    """sRGB colours [M, 3] in [0, 1] -> linear RGB [M, 3] (IEC 61966-2-1).
 
     glTF multiplies vertex colours with the material and wants them linear in light.
     """
     colours = colours.astype(np.float64)
     dark = colours / 12.92
     bright = ((colours + 0.055) / 1.055) ** 2.4
-    rgba = np.ones((len(colours), 4))
-    rgba[:, :3] = np.where(colours <= 0.04045, dark, bright)
-    return rgba
+    return np.where(colours <= 0.04045, dark, bright)
 
 
 def _gltf_document(arrays):
@@ -344,6 +457,7 @@ def _gltf_document(arrays):
     """
     positions, _, _, indices = arrays
     count = len(positions)
+    type_of_indices = UNSIGNED_SHORT if indices.itemsize == 2 else UNSIGNED_INT
     views = []
     start = 0
     for array in arrays:
@@ -357,24 +471,20 @@ def _gltf_document(arrays):
         {"bufferView": 0, "componentType": FLOAT, "type": "VEC3", "count": count,
          "min": low, "max": high},
         {"bufferView": 1, "componentType": FLOAT, "type": "VEC3", "count": count},
-        {"bufferView": 2, "componentType": UNSIGNED_SHORT, "normalized": True,
-         "type": "VEC4", "count": count},
-        {"bufferView": 3, "componentType": UNSIGNED_INT, "type": "SCALAR",
+        {"bufferView": 2, "componentType": FLOAT, "type": "VEC3", "count": count},
+        {"bufferView": 3, "componentType": type_of_indices, "type": "SCALAR",
          "count": indices.size},
     ]
     primitive = {
         "attributes": {"POSITION": 0, "NORMAL": 1, "COLOR_0": 2},
         "indices": 3,
-        "material": 0,
     }
-    matte = {"metallicFactor": 0.0, "roughnessFactor": 1.0}
     return {
         "asset": {"version": "2.0", "generator": "mvd"},
         "scene": 0,
         "scenes": [{"nodes": [0]}],
         "nodes": [{"mesh": 0}],
         "meshes": [{"primitives": [primitive]}],
-        "materials": [{"pbrMetallicRoughness": matte}],
         "accessors": accessors,
         "bufferViews": views,
         "buffers": [{"byteLength": start}],
@@ -382,22 +492,26 @@ def _gltf_document(arrays):
 
 
 def write_glb(path, mesh):
-    """Write a binary glTF 2.0 file: vertex colours and a matte material.
+    """Write a binary glTF 2.0 file with vertex colours; it is whole or not there.
 
-    The file is whole or not there. It is a header of 12 bytes and two chunks, JSON and
-    binary; before each stand its length and its kind. All numbers are little-endian, and
-    each array has a multiple of 4 bytes per vertex: hence four 16-bit numbers per colour.
+    Colours are floats, and there is no material: trimesh takes 16-bit colours modulo 256,
+    and forgets the colours of a mesh that has a material without a texture.
+
+    The file is a header of 12 bytes and two chunks, JSON and binary; before each stand its
+    length and its kind. All numbers are little-endian.
     """
-    rgba = _linear_rgba(mesh.colours)
+    # 65535 is no vertex: there, graphics libraries begin a new strip of triangles.
+    short = len(mesh.vertices) <= 65535
     arrays = [
         _y_up(mesh.vertices).astype("<f4"),
         _y_up(mesh.normals).astype("<f4"),
-        np.round(rgba * 65535).astype("<u2"),
-        mesh.faces.astype("<u4"),
+        _linear_rgb(mesh.colours).astype("<f4"),
+        mesh.faces.astype("<u2" if short else "<u4"),
     ]
     text = json.dumps(_gltf_document(arrays), separators=(",", ":")).encode()
     text += b" " * (-len(text) % 4)
     binary = b"".join(array.tobytes() for array in arrays)
+    binary += b"\0" * (-len(binary) % 4)
 
     chunks = [
         struct.pack("<I4s", len(text), b"JSON"),

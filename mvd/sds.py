@@ -129,6 +129,9 @@ class DistillSettings:
         0.0256, "share of the run in which a visit takes in every cell", min=0, max=1
     )
     density_threshold: float = setting(25.0, "density at the mesh's surface", min=0)
+    mesh_size: int = setting(
+        128, "cells along each side of the grid that the mesh is found on", min=8, max=512
+    )
 
 
 # ---- random draws ----------------------------------------------------------------------------

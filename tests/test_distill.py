@@ -22,7 +22,7 @@ from PIL import Image
 
 import distill
 import toy_data
-from mvd import MVDream, cameras, mesh, presets, render, sds
+from mvd import MVDream, cameras, presets, render, sds
 from mvd.data import find_objects
 from mvd.hashgrid import HashGridConfig
 from mvd.nerf import NeRF, NeRFConfig
@@ -56,6 +56,7 @@ SETTINGS = dict(
     negative="asset",
     density_threshold=5.0,
     occupancy_cells=32,
+    mesh_size=24,
 )
 
 
@@ -82,7 +83,6 @@ def start(model_file, tmp_path, monkeypatch):
     monkeypatch.setattr(NANO, "distill", SETTINGS)
     monkeypatch.setattr(distill, "LOG_EVERY", 1)
     monkeypatch.setattr(cli, "keep_memory", lambda: None)
-    monkeypatch.setattr(mesh, "extract", partial(mesh.extract, resolution=24))
     handler = signal.getsignal(signal.SIGINT)
 
     def start(out, *flags, prompt=PROMPT, model=model_file):
@@ -199,7 +199,10 @@ def test_a_run_leaves_everything_behind(start, tmp_path, capsys):
     assert {path.name for path in out.iterdir()} == RESULTS
     printed = capsys.readouterr().out
     assert "6 steps and all results" in printed
-    assert "no mesh" not in printed
+    line, = re.findall(r"mesh\.glb: (.*) faces, volume (.*) of the box's 8, (.*)", printed)
+    assert int(line[0].replace(",", "")) == (out / "mesh.obj").read_text().count("\nf ")
+    assert 0 < float(line[1]) < 8
+    assert line[2] == "watertight"
 
     config = settings_of(out)
     assert config["hidden"] == 4, "a flag counts less than the preset"
@@ -262,6 +265,14 @@ def test_the_views_for_other_tools_are_those_of_the_sheet(whole):
         assert error.abs().max() < 1.6 / 255, f"{file} shows something else"
         seen.append(alpha)
     assert torch.stack(seen).std() > 0.05, "the case shows nothing"
+
+
+def test_a_finished_run_gives_a_finer_mesh(start, tmp_path):
+    assert start("run") == 0
+    faces = (tmp_path / "run" / "mesh.obj").read_text().count("\nf ")
+    assert start("run", "--resume", "--mesh-size", "48") == 0
+    finer = (tmp_path / "run" / "mesh.obj").read_text().count("\nf ")
+    assert 3 < finer / faces < 5, "twice the cells along a side are four times the faces"
 
 
 def test_the_page_of_a_run_that_is_over(whole):

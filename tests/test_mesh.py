@@ -245,7 +245,7 @@ def test_empty():
     assert vertices.shape == (0, 3)
     assert faces.shape == (0, 3)
     with pytest.raises(UserError, match="density stays below 25"):
-        mesh.extract(lambda p: p[:, 0] * 0 + 3, lambda p: p, resolution=8)
+        mesh.extract(lambda p: p[:, 0] * 0 + 3, lambda p: p, size=8)
 
 
 # ---- parts -----------------------------------------------------------------------------------
@@ -278,6 +278,124 @@ def test_parts_of_a_long_chain():
     assert len(kept) == len(faces)
     _, kept = mesh.drop_specks(vertices, faces, share=1.0)
     assert len(kept) == 298
+
+
+# ---- fewer and smoother ----------------------------------------------------------------------
+
+def shortest_and_longest(vertices, faces):
+    """The median over the faces of shortest side / longest side: 1 if they are equilateral."""
+    a, b, c = corners_of(vertices, faces)
+    sides = [np.linalg.norm(p - q, axis=1) for p, q in ((a, b), (b, c), (c, a))]
+    return np.median(np.min(sides, axis=0) / np.max(sides, axis=0))
+
+
+def test_merging_leaves_a_third_of_a_sphere():
+    vertices, faces = mesh.marching_tetrahedra(sphere(), 0.0)
+    merged, merged_faces = mesh.merge_vertices(vertices, faces)
+    assert merged.dtype == np.float32
+    assert merged_faces.dtype == np.int32
+    assert_closed(merged, merged_faces)
+    assert euler(merged, merged_faces) == 2
+    assert len(merged) < 0.33 * len(vertices)
+    # Means of points of a sphere lie below it: by at most a half of 0.87² / (2 radius).
+    distance = np.linalg.norm(merged - [11.3, 11.8, 11.6], axis=1)
+    assert np.abs(distance - 7).max() < 0.06
+    assert mesh.volume(merged, merged_faces) == pytest.approx(4 / 3 * np.pi * 343, rel=0.02)
+    assert shortest_and_longest(vertices, faces) < 0.6
+    assert shortest_and_longest(merged, merged_faces) > 0.65
+
+
+def test_merged_vertices_are_means_of_those_nearest_to_a_grid_point():
+    vertices, faces = mesh.marching_tetrahedra(sphere(), 0.0)
+    groups = {}
+    for vertex in vertices.tolist():
+        nearest = tuple(math.floor(x + 0.5) for x in vertex)
+        groups.setdefault(nearest, []).append(vertex)
+    expected = np.array(sorted(np.mean(group, axis=0).tolist() for group in groups.values()))
+    merged, _ = mesh.merge_vertices(vertices, faces)
+    found = merged[np.lexsort(merged.T[::-1])]
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_merging_noise_opens_and_closes_nothing(seed):
+    """It is full of sheets and bars thinner than a cell, and of the cases that fall back."""
+    noise = np.random.default_rng(seed).normal(size=(12, 12, 12))
+    vertices, faces = mesh.marching_tetrahedra(noise, 0.3 * seed)
+    merged, merged_faces = mesh.merge_vertices(vertices, faces)
+    assert len(merged) < 0.8 * len(vertices), "the case merges nothing"
+    assert_closed(merged, merged_faces)
+    assert euler(merged, merged_faces) == euler(vertices, faces)
+    parts = [len(np.unique(mesh.connected_parts(f))) for f in (faces, merged_faces)]
+    assert parts[0] == parts[1], "a part is lost, or two have become one"
+
+
+@pytest.mark.parametrize("cells", [
+    [(2, 2, 2)],
+    [(2, 2, 2), (2, 2, 3)],
+    [(2, 2, 2), (3, 3, 3)],
+    [(2, 2, 2), (2, 3, 2), (3, 3, 2)],
+    # A ring, which has a hole.
+    [(x, y, 2) for x in (1, 2, 3) for y in (1, 2, 3) if (x, y) != (2, 2)],
+])
+def test_the_smallest_parts_survive_merging(cells):
+    """All their vertices lie near one grid point or two: they would be a point or flat."""
+    values = np.full((6, 6, 6), -1.0)
+    for cell in cells:
+        values[cell] = 0.5
+    vertices, faces = mesh.marching_tetrahedra(values, 0.0)
+    merged, merged_faces = mesh.merge_vertices(vertices, faces)
+    assert_closed(merged, merged_faces)
+    assert euler(merged, merged_faces) == euler(vertices, faces)
+    assert mesh.volume(merged, merged_faces) > 0.3 * mesh.volume(vertices, faces)
+
+
+def test_thin_parts_survive_merging():
+    """A sheet half a cell thick and a bar of one grid point: two sides near each point."""
+    values = np.full((16, 16, 16), -1.0)
+    values[3, 3:13, 3:13] = 1 / 3
+    values[8, 8, 2:14] = 1 / 3
+    vertices, faces = mesh.marching_tetrahedra(values, 0.0)
+    merged, merged_faces = mesh.merge_vertices(vertices, faces)
+    assert_closed(merged, merged_faces)
+    parts = len(np.unique(mesh.connected_parts(merged_faces)))
+    assert parts == 2
+    # The rim of the sheet becomes an edge, the ends of the bar points.
+    before = mesh.volume(vertices, faces)
+    assert mesh.volume(merged, merged_faces) > 0.75 * before
+
+
+def test_smoothing_multiplies_ripples_as_it_says():
+    """By the eigenvectors of a dense matrix: those of the means with eigenvalue 1 - k."""
+    vertices, faces = mesh.merge_vertices(*mesh.marching_tetrahedra(sphere(10, 3.0, [4.6] * 3), 0))
+    means = np.zeros((len(vertices), len(vertices)))
+    for face in faces.tolist():
+        for a, b in edges_of(face):
+            means[a, b] = 1
+    means /= means.sum(axis=1, keepdims=True)
+    eigenvalues, ripples = np.linalg.eig(means)
+    k = 1 - eigenvalues
+    for rounds in (1, 10):
+        factor = ((1 - 0.5 * k) * (1 + 0.53 * k)) ** rounds
+        inverse = np.linalg.inv(ripples)
+        expected = (ripples * factor) @ (inverse @ vertices)
+        assert np.abs(expected.imag).max() < 1e-9
+        found = mesh.smooth(vertices, faces, rounds)
+        assert found.dtype == np.float32
+        assert found == pytest.approx(expected.real, abs=1e-4)
+
+
+def test_smoothing_takes_the_noise_and_leaves_the_size():
+    centre = np.array([11.3, 11.8, 11.6])
+    vertices, faces = mesh.merge_vertices(*mesh.marching_tetrahedra(sphere(), 0.0))
+    outward = (vertices - centre) / 7
+    noise = np.random.default_rng(0).normal(0, 0.2, (len(vertices), 1))
+    smoothed = mesh.smooth(vertices + noise * outward, faces)
+    distance = np.linalg.norm(smoothed - centre, axis=1)
+    assert distance.std() < 0.4 * 0.2
+    assert distance.mean() == pytest.approx(7, abs=0.05)
+    plain = mesh.smooth(vertices, faces)
+    assert mesh.volume(plain, faces) == pytest.approx(mesh.volume(vertices, faces), rel=0.01)
 
 
 # ---- what a mesh is like ---------------------------------------------------------------------
@@ -369,7 +487,7 @@ def ball():
     def colour(points):
         return (points * 1.5 + 1) / 2
 
-    result = mesh.extract(density, colour, resolution=44)
+    result = mesh.extract(density, colour, size=44)
     assert sum(calls[:2]) == 44 ** 3, "not one density per cell"
     assert max(calls) <= 65536 < 44 ** 3, "too many points at once"
     return result
@@ -416,16 +534,50 @@ def test_colours_are_those_that_a_ray_collects():
     assert torch.equal(nothing, torch.zeros(3, 3))
 
 
+def mean_angle(vertices, faces):
+    """The mean angle between the normals of faces that share an edge, in degrees."""
+    a, b, c = corners_of(vertices, faces)
+    normals = np.cross(b - a, c - a)
+    normals /= np.linalg.norm(normals, axis=1, keepdims=True)
+    face_at = {}
+    for number, face in enumerate(faces.tolist()):
+        for edge in edges_of(face):
+            face_at[edge] = number
+    cosines = [normals[f] @ normals[face_at[end, start]] for (start, end), f in face_at.items()]
+    return np.degrees(np.arccos(np.clip(cosines, -1, 1))).mean()
+
+
+def test_extract_is_smooth_where_the_field_is_rough():
+    """A ball of noise: a third of the vertices, and still an angle that is smaller."""
+    noise = np.random.default_rng(5).normal(0, 0.02, 32 ** 3)
+    noise = torch.from_numpy(noise).float()
+    centres = (torch.arange(32) + 0.5) / 16 - 1
+
+    def density(points):
+        cell = torch.bucketize(points.contiguous(), centres - 1 / 32, right=True) - 1
+        x, y, z = cell.clamp(0, 31).T
+        return 25 + 200 * (0.6 - points.norm(dim=-1) + noise[(x * 32 + y) * 32 + z])
+
+    rough = mesh.sample_density(density, 32)
+    vertices, faces = mesh.marching_tetrahedra(rough, 25.0)
+    result = mesh.extract(density, lambda p: p * 0, size=32)
+    assert len(result.vertices) < 0.4 * len(vertices)
+    assert mean_angle(result.vertices, result.faces) < 0.75 * mean_angle(vertices, faces)
+    assert mesh.volume(*result[:2]) == pytest.approx(4 / 3 * np.pi * 0.6 ** 3, rel=0.03)
+    assert mesh.is_watertight(result.faces)
+
+
 def test_extract_fills_the_box_when_everything_is_dense():
-    box = mesh.extract(lambda p: p[:, 0] * 0 + 100, lambda p: p * 0, resolution=10)
-    assert box.vertices.min(0) == pytest.approx(-1)
-    assert box.vertices.max(0) == pytest.approx(1)
+    box = mesh.extract(lambda p: p[:, 0] * 0 + 100, lambda p: p * 0, size=10)
+    # Smoothing rounds the edges, and swings a little over.
+    assert box.vertices.min(0) == pytest.approx(-1, abs=0.03)
+    assert box.vertices.max(0) == pytest.approx(1, abs=0.03)
 
 
 # ---- files -----------------------------------------------------------------------------------
 
 COMPONENTS = {5123: "<u2", 5125: "<u4", 5126: "<f4"}
-WIDTHS = {"SCALAR": 1, "VEC3": 3, "VEC4": 4}
+WIDTHS = {"SCALAR": 1, "VEC3": 3}
 
 
 def read_glb(data):
@@ -486,19 +638,29 @@ def test_glb(ball, tmp_path):
     assert found == pytest.approx(true_volume, rel=0.02)
     outward = positions - [-0.1, 0.3, 0.2]
     assert (outward * normals).sum(1).min() > 0.48
-    accessor = document["accessors"][attributes["COLOR_0"]]
-    assert accessor["normalized"] is True
-    assert (colours[:, 3] == 65535).all()
     srgb = []
-    for c in colours[:500, :3].ravel().tolist():
-        c = c / 65535
+    for c in colours[:500].ravel().tolist():
         if c <= 0.0031308:
             srgb.append(c * 12.92)
         else:
             srgb.append(1.055 * c ** (1 / 2.4) - 0.055)
-    assert srgb == pytest.approx(ball.colours[:500].ravel().tolist(), abs=2e-4)
-    material = document["materials"][primitive["material"]]
-    assert material["pbrMetallicRoughness"]["metallicFactor"] == 0
+    assert srgb == pytest.approx(ball.colours[:500].ravel().tolist(), abs=1e-5)
+    # Colours of 16 bits are wrong in trimesh.
+    assert colours.dtype == np.float32
+    # Readers that look for a texture where there is a material would miss the colours.
+    assert "material" not in primitive
+    assert "materials" not in document
+
+
+@pytest.mark.parametrize("count, kind", [(65535, 5123), (65536, 5125)])
+def test_vertex_numbers_take_two_bytes_as_long_as_they_fit(count, kind, tmp_path):
+    arrays = np.zeros((3, count, 3), np.float32)
+    # An odd number of faces: 2-byte numbers do not end at a multiple of 4 bytes.
+    faces = np.array([[0, 1, count - 1]], np.int32)
+    mesh.write_glb(tmp_path / "large.glb", mesh.Mesh(arrays[0], faces, arrays[1], arrays[2]))
+    document, found = read_glb((tmp_path / "large.glb").read_bytes())
+    assert document["accessors"][3]["componentType"] == kind
+    assert found[3].ravel().tolist() == [0, 1, count - 1]
 
 
 def test_linear_colour_of_mid_grey(ball, tmp_path):
@@ -506,7 +668,7 @@ def test_linear_colour_of_mid_grey(ball, tmp_path):
     grey = ball._replace(colours=np.full_like(ball.colours, 188 / 255))
     mesh.write_glb(tmp_path / "grey.glb", grey)
     _, arrays = read_glb((tmp_path / "grey.glb").read_bytes())
-    assert arrays[2][0, :3] / 65535 == pytest.approx([0.5] * 3, abs=0.003)
+    assert arrays[2][0] == pytest.approx([0.5] * 3, abs=0.003)
 
 
 def test_obj(ball, tmp_path):

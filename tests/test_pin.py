@@ -7,7 +7,6 @@ them again, for a change that is meant to change what is computed.
 import hashlib
 import json
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ import dreambooth
 import sample
 import toy_data
 import train
-from mvd import MVDream, fit, mesh
+from mvd import MVDream, fit
 from mvd.tools import run
 from mvd.tools.files import read_safetensors
 from scripts import saved_model
@@ -98,7 +97,7 @@ def run_sample(folder, patch):
 
 def run_distill(folder, patch):
     command(patch, distill.main, "a red bulldog", "--model", small_model(folder), "--device", "cpu",
-            "--out", folder / "run", *FIELD)
+            "--out", folder / "run", "--mesh-size", "16", *FIELD)
     field, _ = read_safetensors(folder / "run" / "field.safetensors")
     views, _ = read_safetensors(folder / "run" / "views.safetensors")
     return [*field.values(), views["rgb"], views["opacity"], losses(folder / "run")]
@@ -128,7 +127,6 @@ RUNS = {"sample": run_sample, "distill": run_distill, "train": run_train,
 
 def measure(name, folder, patch):
     patch.setattr(MVDream, "sample", MVDream.sample if name == "sample" else blank)
-    patch.setattr(mesh, "extract", partial(mesh.extract, resolution=16))
     patch.setattr(distill, "LOG_EVERY", 1)
     patch.setattr(fit, "LOG_EVERY", 1)
     patch.setattr(dreambooth, "LOG_EVERY", 1)
