@@ -174,8 +174,13 @@ def write_results(distillation, out, size, done):
     tensors.update(rgb=eight.rgb, opacity=eight.opacity, normal=eight.normal)
     write_safetensors(out / "views.safetensors", tensors)
     write_views(out / "views", eight, camera)
-    frames, _ = view_from(distillation, [10.0 * i for i in range(36)], size)
-    pictures.save_turntable(out / "turntable.webp", frames.rgb)
+    turned, _ = view_from(
+        distillation, [10.0 * i for i in range(36)], size, normals=True
+    )
+    pictures.save_turntable(out / "turntable.webp", turned.rgb)
+    shape = pictures.normal_picture(turned.normal, turned.opacity)
+    # Side by side: the page turns both together.
+    frames = torch.cat([turned.rgb, shape], -1)
 
     nerf = distillation.nerf
     config = json.dumps(asdict(nerf.config))
@@ -192,7 +197,7 @@ def write_results(distillation, out, size, done):
     for name in ("loss", "gradient", "opacity"):
         figures[name.capitalize()] = {name: [(row["step"], row[name]) for row in rows]}
     status = f"{done} of {s.steps} steps"
-    write_page(out, s.prompt, status, asdict(s), figures, frames=frames.rgb)
+    write_page(out, s.prompt, status, asdict(s), figures, frames=frames)
 
     top, bottom = eight.opacity[..., 0, :], eight.opacity[..., -1, :]
     left, right = eight.opacity[..., 0], eight.opacity[..., -1]

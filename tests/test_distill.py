@@ -1,5 +1,7 @@
 """distill.py: what a run leaves behind, killed and resumed runs, settings, and bad input."""
+import base64
 import contextlib
+import io
 import json
 import math
 import os
@@ -265,6 +267,27 @@ def test_the_views_for_other_tools_are_those_of_the_sheet(whole):
         assert error.abs().max() < 1.6 / 255, f"{file} shows something else"
         seen.append(alpha)
     assert torch.stack(seen).std() > 0.05, "the case shows nothing"
+
+
+def test_the_page_turns_colours_and_normals_together(whole):
+    """A frame of the sheet is what views.png and normals.png show from the same side."""
+    page = (whole() / "index.html").read_text()
+    canvas = re.search('width="64" height="32".* data-columns="6" data-sheet="([^"]*)"', page, re.S)
+    content = base64.b64decode(canvas[1].split(",")[1])
+    with Image.open(io.BytesIO(content)) as image:
+        sheet = np.array(image.convert("RGB")) / 255
+    # Frames 0, 9, 18, 27 are a quarter of a turn apart; so are every second of the eight views.
+    for name, left in (("views.png", 0), ("normals.png", 32)):
+        views = toy_data.read_png(whole() / name).permute(1, 2, 0).numpy()
+        for quarter in range(4):
+            view = 2 * quarter
+            y, x = 34 * (view // 4), 34 * (view % 4)
+            expected = views[y : y + 32, x : x + 32]
+            frame = 9 * quarter
+            y, x = 34 * (frame // 6), 66 * (frame % 6) + left
+            found = sheet[y : y + 32, x : x + 32]
+            # WebP is not exact.
+            assert np.abs(found - expected).mean() < 0.03, f"{name}, frame {frame}"
 
 
 def test_a_finished_run_gives_a_finer_mesh(start, tmp_path):

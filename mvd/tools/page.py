@@ -50,7 +50,7 @@ figure.chart { display: block; max-width: 480px; margin: 0 }
 svg { display: block; width: 100%; font-size: 13px; fill: #666 }
 svg polyline { fill: none; stroke-width: 1.5; stroke-linejoin: round }
 svg line { stroke: #e4e4e4 }
-canvas { width: min(100%, 480px); margin-top: 1em; cursor: grab; touch-action: pan-y }
+canvas { width: min(100%, 960px); margin-top: 1em; cursor: grab; touch-action: pan-y }
 </style>
 </head>
 <body>
@@ -69,7 +69,7 @@ $settings
 TURNTABLE = Template("""<canvas width="$width" height="$height" tabindex="0"
   aria-label="the object; drag or use the arrow keys to turn it"
   data-count="$count" data-columns="$columns" data-sheet="$sheet"></canvas>
-<p>Drag to turn it.</p>
+<p>Colours and normals. Drag to turn them.</p>
 <script>
 const canvas = document.querySelector("canvas")
 const {width, height} = canvas
@@ -246,7 +246,8 @@ def write_page(out, title, status, settings, figures, *, frames=None, live=False
         small, with their names; or {heading: {name of a line: [(x, y), ...]}}, which becomes
         a chart (see `chart`). What is not there is left out.
     frames: [N, 3, H, W] in [0, 1], views of the object all round, counterclockwise seen from
-        above, equally far apart; or None.
+        above, equally far apart, each with colours on the left and normals on the right;
+        or None.
     live: whether the run goes on.
     """
     parts = []
