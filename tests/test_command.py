@@ -1,4 +1,5 @@
 """python -m mvd.metrics, on samples and on runs."""
+import io
 import json
 import types
 
@@ -94,6 +95,20 @@ def test_mistakes_of_the_user(monkeypatch, capsys, flags):
     monkeypatch.setattr(command.MVDream, "load", lambda name, device, dtype: None)
     with pytest.raises(UserError):
         run_main(monkeypatch, capsys, *flags)
+
+
+def test_one_run_that_cannot_be_judged_does_not_spoil_the_others(monkeypatch, capsys, tmp_path):
+    """A foreign prompt, a training, a damaged file; and a pattern that the shell left as it is."""
+    for name in ("good", "taught", "training", "damaged"):
+        save_run(tmp_path / name, THINGS[3])
+    (tmp_path / "taught" / "config.json").write_text('{"prompt": "[v] bulldog"}')
+    (tmp_path / "training" / "views.safetensors").unlink()
+    (tmp_path / "damaged" / "views.safetensors").write_bytes(b"12345678901234567890")
+    monkeypatch.setattr("sys.stderr", (errors := io.StringIO()))
+    printed = run_main(monkeypatch, capsys, str(tmp_path / "*"), str(tmp_path / "good"))
+    assert printed.count("good: recognised") == 1, "a folder that is named twice counts once"
+    for name in ("taught", "training", "damaged"):
+        assert f"left out: {tmp_path / name}" in errors.getvalue(), name
 
 
 def test_a_run_that_is_not_of_the_toy_world(monkeypatch, capsys, tmp_path):

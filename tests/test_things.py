@@ -52,5 +52,6 @@ def test_prompts_are_read_back():
     for thing in things:
         for caption in toyworld.captions(thing):
             assert read_prompt(f" {caption.capitalize()} ") == thing
+            assert read_prompt(f"{caption.upper()}.".replace(" ", "  ")) == thing
     with pytest.raises(UserError, match="a corgi"):
         read_prompt("a corgi")

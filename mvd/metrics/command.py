@@ -10,6 +10,7 @@ Prints one line per split (toyworld/words.py). What is not of the toy world, or 
 renders, is judged by CLIP (clip.py).
 """
 import functools
+import glob
 import json
 import sys
 from pathlib import Path
@@ -162,26 +163,43 @@ def read_run(folder):
     return Run(folder, prompt, mode, cameras, views)
 
 
-def read_runs(folders):
-    """The Runs among folders. The others (a training, say) are named on stderr and left out.
+def folders_of(patterns):
+    """The folders that paths and patterns name, each once; not every shell expands a `*`."""
+    folders = []
+    for pattern in patterns:
+        matches = [] if Path(pattern).exists() else sorted(glob.glob(pattern))
+        folders += matches or [pattern]
+    return list(dict.fromkeys(folders))
 
-    Raises UserError if there is none.
+
+def read_runs(folders, read):
+    """What read(folder) returns of each folder that can be judged, a list.
+
+    What cannot, since `read` raises UserError (a training, say), is named on stderr and left out.
+    Raises UserError if nothing is left.
     """
-    finished = []
-    others = []
-    # Each folder once.
-    for folder in dict.fromkeys(folders):
-        if (Path(folder) / "views.safetensors").exists():
-            finished.append(folder)
-        else:
-            others.append(folder)
-    if not finished:
-        raise UserError(
-            f"{others[0]} is no finished run of distill.py: "
-            "name folders that hold views.safetensors")
-    for folder in others:
-        print(f"left out, no finished run of distill.py: {folder}", file=sys.stderr)
-    return [read_run(folder) for folder in finished]
+    runs, problems = [], []
+    for folder in folders:
+        try:
+            runs.append(read(folder))
+        except UserError as error:
+            problems.append(error)
+    last = None if runs else problems.pop()
+    for problem in problems:
+        print(f"left out: {problem}", file=sys.stderr)
+    if last:
+        raise last
+    return runs
+
+
+def with_thing(folder, shape):
+    """A Run, with its surface if its shape is judged, and the Thing that its prompt asks for."""
+    run = read_run(folder)
+    try:
+        thing = read_prompt(run.prompt)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}; --clip judges any prompt") from error
+    return (with_surface(run) if shape else run), thing
 
 
 def judge_runs(flags, device):
@@ -189,18 +207,17 @@ def judge_runs(flags, device):
 
     Runs whose pictures have the same cameras and size are judged together.
     """
-    runs = read_runs(flags.runs)
+    folders = folders_of(flags.runs)
     if flags.clip:
+        runs = read_runs(folders, read_run)
         sets = [(run.mode, run.prompt, run.views) for run in runs]
         return clip.clip_reports(sets, clip.load_clip(device))
 
     judge, words, line = judge_pictures, in_words, report_line
     if flags.shape:
-        runs = [with_surface(run) for run in runs]
         judge, words, line = judge_surfaces, shape_in_words, shape_report
     groups = {}
-    for run in runs:
-        thing = read_prompt(run.prompt)
+    for run, thing in read_runs(folders, functools.partial(with_thing, shape=flags.shape)):
         group = groups.setdefault((run.cameras, run.views.shape), [])
         group.append((run, thing))
     # (mode, split) -> verdicts, verdicts on real renders

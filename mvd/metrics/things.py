@@ -79,11 +79,13 @@ def draw_things(split, count, seed=0):
 
 
 def read_prompt(prompt):
-    """The Thing whose caption a prompt is, in capitals or not; its colour is None if none is named.
+    """The Thing whose caption a prompt is; its colour is None if none is named.
+
+    Capitals, a full stop at the end and the number of spaces do not matter.
 
     Raises UserError if the toy world has no such caption.
     """
-    wanted = prompt.strip().lower()
+    wanted = " ".join(prompt.casefold().split()).rstrip(" .!")
     accessories = (None, *ACCESSORIES)
     colours = (None, *COLOURS)
     for names in itertools.product(SUBJECTS, accessories, colours):
