@@ -16,6 +16,7 @@ import time
 from dataclasses import asdict
 from functools import partial
 
+import mvd  # before torch: tools/threads.py
 import torch
 from tqdm import tqdm
 

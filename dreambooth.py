@@ -21,6 +21,7 @@ the rest of a prompt, so that a learned [v] does not drown it; its weight grows 
 """
 from dataclasses import asdict, dataclass
 
+import mvd  # before torch: tools/threads.py
 import torch
 from torch.func import functional_call
 from tqdm import tqdm

@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import mvd  # before torch: tools/threads.py
 import torch
 from tqdm import tqdm
 

@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 
+import mvd  # before torch: tools/threads.py
 import torch
 from tqdm import tqdm
 
