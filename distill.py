@@ -138,7 +138,7 @@ def write_mesh(distillation, out):
         surface = mesh.extract(
             nerf.density,
             albedo,
-            size=s.mesh_size,
+            resolution=s.mesh_size,
             threshold=s.density_threshold,
             device=distillation.device,
         )

@@ -388,15 +388,15 @@ def sample_density(density_fn, size, device="cpu"):
 
 
 @torch.no_grad()
-def extract(density_fn, colour_fn, *, size=128, threshold=25.0, device="cpu"):
+def extract(density_fn, colour_fn, *, resolution=128, threshold=25.0, device="cpu"):
     """The Mesh of the surface density = threshold, with the colours seen from outside.
 
     density_fn: points [N, 3] in world units on `device` -> [N]; colour_fn: the same
-    points -> [N, 3] in [0, 1]. The density is taken at the centres of size^3 cells that
-    fill the box [-1, 1]^3. Small loose parts are dropped. Raises UserError if the density
-    is nowhere above the threshold.
+    points -> [N, 3] in [0, 1]. The density is taken at the centres of resolution^3
+    cells that fill the box [-1, 1]^3. Small loose parts are dropped. Raises UserError if the
+    density is nowhere above the threshold.
     """
-    density = sample_density(density_fn, size, device)
+    density = sample_density(density_fn, resolution, device)
     vertices, faces = marching_tetrahedra(density, threshold)
     if len(faces) == 0:
         raise UserError(
@@ -405,7 +405,7 @@ def extract(density_fn, colour_fn, *, size=128, threshold=25.0, device="cpu"):
     vertices, faces = drop_specks(vertices, faces)
     vertices, faces = merge_vertices(vertices, faces)
     vertices = smooth(vertices, faces)
-    vertices = (vertices + 0.5) / size * 2 - 1
+    vertices = (vertices + 0.5) / resolution * 2 - 1
     normals = vertex_normals(vertices, faces)
 
     points = torch.from_numpy(vertices).split(2048)

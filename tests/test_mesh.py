@@ -245,7 +245,7 @@ def test_empty():
     assert vertices.shape == (0, 3)
     assert faces.shape == (0, 3)
     with pytest.raises(UserError, match="density stays below 25"):
-        mesh.extract(lambda p: p[:, 0] * 0 + 3, lambda p: p, size=8)
+        mesh.extract(lambda p: p[:, 0] * 0 + 3, lambda p: p, resolution=8)
 
 
 # ---- parts -----------------------------------------------------------------------------------
@@ -487,7 +487,7 @@ def ball():
     def colour(points):
         return (points * 1.5 + 1) / 2
 
-    result = mesh.extract(density, colour, size=44)
+    result = mesh.extract(density, colour, resolution=44)
     assert sum(calls[:2]) == 44 ** 3, "not one density per cell"
     assert max(calls) <= 65536 < 44 ** 3, "too many points at once"
     return result
@@ -560,7 +560,7 @@ def test_extract_is_smooth_where_the_field_is_rough():
 
     rough = mesh.sample_density(density, 32)
     vertices, faces = mesh.marching_tetrahedra(rough, 25.0)
-    result = mesh.extract(density, lambda p: p * 0, size=32)
+    result = mesh.extract(density, lambda p: p * 0, resolution=32)
     assert len(result.vertices) < 0.4 * len(vertices)
     assert mean_angle(result.vertices, result.faces) < 0.75 * mean_angle(vertices, faces)
     assert mesh.volume(*result[:2]) == pytest.approx(4 / 3 * np.pi * 0.6 ** 3, rel=0.03)
@@ -568,7 +568,7 @@ def test_extract_is_smooth_where_the_field_is_rough():
 
 
 def test_extract_fills_the_box_when_everything_is_dense():
-    box = mesh.extract(lambda p: p[:, 0] * 0 + 100, lambda p: p * 0, size=10)
+    box = mesh.extract(lambda p: p[:, 0] * 0 + 100, lambda p: p * 0, resolution=10)
     # Smoothing rounds the edges, and swings a little over.
     assert box.vertices.min(0) == pytest.approx(-1, abs=0.03)
     assert box.vertices.max(0) == pytest.approx(1, abs=0.03)
