@@ -44,7 +44,7 @@ from mvd.tools.errors import UserError
 from mvd.tools.optimizer import Rounded, adamw, learning_rate, set_rates
 from mvd.tools.page import write_page
 from mvd.tools.pictures import grid, save_png
-from mvd.tools.vocabulary import check_identifier, known_part, name_subject, words_of
+from mvd.tools.vocabulary import SUBJECT, check_identifier, known_part, name_subject, words_of
 
 # How often a photo is encoded, each time with another grey behind what is transparent.
 GREYS = 8
@@ -419,7 +419,7 @@ def check_prompt(prompt):
             "the prompt has no [v]: say where the identifier belongs, "
             'for example "a photo of [v] bulldog"'
         )
-    if not words_of(rest):
+    if not set(words_of(rest)) - {","}:
         raise UserError(
             "the prompt is nothing but [v]: say what the subject is, "
             'for example "a photo of [v] bulldog"'
@@ -430,7 +430,7 @@ def name_photos(s, config):
     """What the photos are called: ([prompt, ...], [the same without [v], ..., ""])."""
     names = [s.prompt]
     if s.wordings:
-        short = s.prompt[s.prompt.lower().index("[v]") :]
+        short = s.prompt[SUBJECT.search(s.prompt).start() :]
         names += [short, short + config.suffix]
     prompts = [known_part(name, config.text) for name in names]
     plain = [known_part(name_subject(name, "").strip(), config.text) for name in names]

@@ -350,7 +350,11 @@ def test_a_run_shorter_than_sample_every_draws_nothing(start, tmp_path):
 @pytest.mark.parametrize("prompt, first", [
     ("a photo of [v] bulldog", "a photo of phol bulldog"),
     ("[V] bulldog", "phol bulldog"),
+    # In lower case the first letter is two.
+    ("\u0130\u0130\u0130 photo of [v] bulldog", "photo of phol bulldog"),
+    ("a photo of ［Ｖ］ bulldog", "a photo of phol bulldog"),
 ])
+@pytest.mark.filterwarnings("ignore:the model does not know")
 def test_wordings_are_what_later_prompts_will_say(start, monkeypatch, prompt, first):
     """With [v] they name the photos, and without it they shall stay what they are.
 
@@ -451,6 +455,8 @@ def test_settings_come_from_the_preset_and_flags_count_more(start, tmp_path, mon
 @pytest.mark.parametrize("changes, flags, words", [
     (dict(prompt="a photo of a bulldog"), [], "the prompt has no [v]"),
     (dict(prompt="[v]."), [], "nothing but [v]"),
+    (dict(prompt="[v], "), [], "nothing but [v]"),
+    (dict(prompt="a photo of [v] \udce9lion"), [], "not UTF-8 text"),
     (dict(photos="empty"), [], "holds no photos"),
     (dict(photos="nowhere"), [], "there is no folder"),
     (

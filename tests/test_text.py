@@ -121,6 +121,26 @@ def test_v_stands_for_the_identifier():
             other.tokenize(["a [v] bulldog"])
 
 
+def test_v_may_be_as_wide_as_chinese_letters():
+    config = tower(words=("a", "bulldog", "ucd"), identifier="ucd").config
+    for v in ("[v]", "[V]", "［v］", "［Ｖ］", "[ｖ］"):
+        assert known_part(f"a {v} bulldog", config) == "a ucd bulldog"
+    assert name_subject("【v】 (v) [ v]", "ucd") == "【v】 (v) [ v]"
+
+
+@pytest.mark.parametrize("words", [(), ("a", "lion")])
+def test_bytes_that_are_not_text_are_refused(words):
+    """In a terminal that is not UTF-8 Python makes a half of a letter of é."""
+    prompt = b"a \xe9lion".decode(errors="surrogateescape")
+    with pytest.raises(UserError, match="not UTF-8 text"):
+        tower(words=words).tokenize([prompt])
+
+
+def test_the_whole_vocabulary_reads_both_ways_to_write_a_letter():
+    t = tower()
+    assert torch.equal(t.tokenize(["a caf\u00e9"]), t.tokenize(["a cafe\u0301"]))
+
+
 def test_an_identifier_should_be_one_rare_token():
     whole, cut = tower(identifier="mwf"), tower(words=("a", "bulldog", "sks", "phol"))
     with warnings.catch_warnings():
@@ -168,6 +188,20 @@ def test_words_of_ascii_text_are_runs_of_letters_and_digits():
         ("don\u2019t \u201cgo\u201d\u2014now", ["don", "t", "go", "now"]),
         ("हिन्दी में", ["हिन्दी", "में"]),  # vowel signs are marks, not letters
         ("猫，狗", ["猫", ",", "狗"]),
+        ("élion, E\u0301LION", ["élion", ",", "élion"]),  # no lion
+        ("l\u2019homme l'homme", ["l", "homme", "l", "homme"]),
+        ("красный Лев", ["красный", "лев"]),
+        ("أسد أحمر", ["أسد", "أحمر"]),
+        ("สิงโตแดง", ["สิงโตแดง"]),
+        ("ＦＩＳＨ ①", ["fish", "1"]),  # wide, and in a circle
+        ("ΣΊΣΥΦΟΣ σίσυφος", ["σίσυφοσ", "σίσυφοσ"]),  # two small sigmas
+        ("İnek inek", ["inek", "inek"]),
+        ("می\u200cخواهم می\u200dخواهم", ["میخواهم", "میخواهم"]),  # joiners are not seen
+        ("bull\u00addog\ufeff do\u200eg\u200bcat", ["bulldog", "dog", "cat"]),
+        ("e\u200d\u0301", ["é"]),
+        ("猫\ufe0e 葛\U000e0100", ["猫", "葛"]),  # variants of a letter
+        ("\U0001f469\u200d\U0001f680 dog\U0001f415cat", ["dog", "cat"]),  # emoji
+        ("a\u2028b\u0085c\u00a0d", ["a", "b", "c", "d"]),
         ("snake_case \u2764\ufe0f dog", ["snake", "case", "dog"]),  # a heart
     ],
 )

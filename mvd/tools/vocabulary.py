@@ -16,6 +16,8 @@ FILLERS = set(
     ", a an and at by for from has in is its of on or that the to under with "
     "photo picture image wearing carrying riding sitting standing".split()
 )
+# What stands for the subject in a prompt: also as a keyboard for Chinese or Japanese writes it.
+SUBJECT = re.compile(r"[\[［][vｖ][\]］]", re.IGNORECASE)
 # CLIP's tokens are sorted: those below were merged from the most frequent pairs of letters.
 COMMON_TOKENS = 40_000
 
@@ -24,18 +26,29 @@ def words_of(prompt):
     """The words and commas of a prompt, in lower case and in order.
 
     A word is a run of letters and digits of any script, with the marks that belong to them.
-    Unicode writes many of them in several ways: these become one (NFKC).
+    Unicode writes many of them in several ways: these become one (NFKC, case folded).
     """
     text = unicodedata.normalize("NFKC", prompt).casefold()
+    # To Python a mark is no part of a word, as little as a dash: all but the marks go. The lower
+    # case of a Turkish capital I with a dot has two dots.
+    text = re.sub(r"[^\w\s\x00-\x7f]", mark_or_space, text).replace("i\u0307", "i")
     text = unicodedata.normalize("NFKC", text)
-    # To Python a mark is no part of a word, as little as a dash: all but the marks go.
-    text = re.sub(r"[^\w\s\x00-\x7f]", mark_or_space, text)
     return re.findall(r"[^\W_](?:[^\W_]|[^\w\s\x00-\x7f])*|,", text)
 
 
 def mark_or_space(match):
-    """A mark (an accent, a vowel sign) as it is, any other character as a space."""
-    return match[0] if unicodedata.category(match[0]).startswith("M") else " "
+    """A mark (an accent, a vowel sign) as it is, any other character as a space.
+
+    Nothing for what is not seen and only says how its neighbours are drawn, such as a joiner. (The
+    space of width zero is one.)
+    """
+    character = match[0]
+    category = unicodedata.category(character)
+    if category == "Cf" and character != "\u200b":
+        return ""
+    if category[0] == "M":
+        return "" if "VARIATION SELECTOR" in unicodedata.name(character, "") else character
+    return " "
 
 
 def new_words(captions, config):
@@ -53,7 +66,7 @@ def new_words(captions, config):
 
 def name_subject(prompt, identifier):
     """The prompt with every "[v]" replaced by the identifier token; "" leaves it out."""
-    return re.sub(r"\[v\]", identifier, prompt, flags=re.I)
+    return identifier.join(SUBJECT.split(prompt))
 
 
 def known_part(prompt, config):
@@ -61,8 +74,11 @@ def known_part(prompt, config):
 
     config: a TextConfig, of which `words` and `identifier` are read. A warning names what is left
     out. The empty prompt is the unconditional one and stays. Raises UserError if the model knows
-    no word of the prompt but fillers, or was taught no "[v]".
+    no word of the prompt but fillers, was taught no "[v]", or if the prompt is not text.
     """
+    # What Python makes of bytes that are not UTF-8.
+    if re.search("[\ud800-\udfff]", prompt):
+        raise UserError(f"the prompt {prompt!r} is not UTF-8 text: type it in a terminal that is")
     if name_subject(prompt, "") != prompt and not config.identifier:
         raise UserError(
             "this model has been taught no [v]: "
