@@ -139,6 +139,13 @@ def test_what_a_folder_holds_that_cannot_be_used_is_named(tmp_path):
         "camera.png": picture(), "camera.txt": "1, 0 0 0\n0 1.0 0 0\n0 0 1e0 -2.5\n",
         "dozen.png": picture(), "dozen.txt": "1 2 3 4 5 6 7 8 9 10 11 eggs",
         "good.npz": b"made by another program",
+        # Without an ending the content decides.
+        "plain": picture(), "plain.txt": "no ending", "bare": picture(),
+        "iphone": b"\0\0\0\x18ftypheic" + bytes(40), "iphone.txt": "an iPhone's",
+        "README": "about them", "README.txt": "about them",
+        # What cannot be read is named, unless another file shows it.
+        "raw.NEF": b"raw", "both.heic": b"\0\0\0\x18ftypheic", "both.jpg": whole,
+        "both.txt": "both", "clip.mp4": b"no picture, no caption",
     })
     os.symlink(tmp_path / "nowhere.png", tmp_path / "link.png")
     (tmp_path / "link.txt").write_text("link")
@@ -146,7 +153,8 @@ def test_what_a_folder_holds_that_cannot_be_used_is_named(tmp_path):
     kept, left_out = all_of(tmp_path)
     at_once = [name for name, _, _ in find_images([tmp_path])[1][0].left_out]
     assert f"{tmp_path}/empty.png" in at_once, "an empty file is not seen before it is read"
-    assert kept == {"good.jpg": ["good"], "two.jpg": ["two"],
+    assert kept == {"good.jpg": ["good"], "two.jpg": ["two"], "plain": ["no ending"],
+                    "both.jpg": ["both"],
                     "dozen.png": ["1 2 3 4 5 6 7 8 9 10 11 eggs"]}
     check_reasons(left_out, {
         "lonely.png": "no caption", "blank.png": "empty caption", "empty.png": "empty caption",
@@ -156,6 +164,8 @@ def test_what_a_folder_holds_that_cannot_be_used_is_named(tmp_path):
         "null.png": "no caption", "number.png": "neither a text nor a list",
         "list.png": "no caption", "camera.png": "a camera, not a caption",
         "link.png": "broken link", "pipe.png": "no file",
+        "bare": "no caption", "iphone": "HEIC", "raw.NEF": "no kind of picture",
+        "README": "no kind of picture",
     })
 
 
@@ -235,6 +245,20 @@ def test_a_csv_table_gives_the_captions(tmp_path):
     assert left_out == {}
     assert kept == {"train/a.png": ["one, with a comma", "two"],
                     "train/b.png": ["plain in two lines"]}
+
+
+def test_a_table_names_files_that_a_mac_has_taken_apart(tmp_path):
+    """é is one letter here, and an e with an accent there; where both are there, each is its own."""
+    write(tmp_path, {
+        "a/metadata.jsonl": '{"file_name": "café.png", "text": "composed"}\n'
+                            '{"file_name": "e\u0301.png", "text": "apart"}\n'
+                            '{"file_name": "é.png", "text": "at one"}\n',
+        "a/cafe\u0301.png": picture(), "a/e\u0301.png": picture(), "a/é.png": picture(),
+    })
+    kept, left_out = all_of(tmp_path)
+    assert left_out == {}
+    assert kept == {"a/cafe\u0301.png": ["composed"], "a/e\u0301.png": ["apart"],
+                    "a/é.png": ["at one"]}
 
 
 def test_bad_rows_of_a_table_are_named(tmp_path):

@@ -1,4 +1,5 @@
 """Rendered objects in every layout: the same cameras and pictures, whoever wrote the files."""
+import io
 import json
 import multiprocessing
 import os
@@ -7,6 +8,7 @@ import signal
 
 import numpy as np
 import pytest
+from PIL import Image
 from rendered import (
     LAYOUTS, VIEWS, cameras, convention, encoded, expected, layout_files, npy, pictures,
     with_y_up, write, write_tar)
@@ -53,6 +55,40 @@ def test_every_layout_gives_the_same_cameras_and_pictures(layout, tmp_path):
     _, inverse, opencv = LAYOUTS[layout]
     assert ("world-to-camera" in found.convention) == inverse
     assert ("OpenCV" in found.convention) == opencv
+
+
+@pytest.mark.parametrize("layout", ["nerf", "zero123", "instantmesh", "point-e", "g-objaverse"])
+@pytest.mark.parametrize("kind, suffix", [("TIFF", ".TIF"), ("TGA", ".tga"), ("QOI", ".qoi")])
+def test_views_are_pictures_of_any_kind(layout, kind, suffix, tmp_path):
+    for name, content in layout_files(layout).items():
+        if name.endswith(".png"):
+            name, file = name.removesuffix(".png") + suffix, io.BytesIO()
+            picture = Image.open(io.BytesIO(content))
+            # Masks are grey, which QOI does not know.
+            (picture.convert("RGB") if picture.mode == "L" else picture).save(file, kind)
+            content = file.getvalue()
+        write(tmp_path / "x", {name: content})
+    if layout in ("zero123", "instantmesh", "point-e"):
+        # A preview beside the views is none.
+        write(tmp_path / "x", {"turntable.gif": encoded(pictures(0)[0])})
+    objects, found = found_in(tmp_path)
+    assert found.left_out == [] and check(objects, 0, 0).left_out == []
+
+
+@pytest.mark.parametrize("there, written", [("e\u0301", "é"), ("é", "e\u0301")])
+def test_names_that_a_mac_has_taken_apart(there, written, tmp_path):
+    """é is one letter, or an e with an accent, on the disk and in the list of pictures."""
+    files = layout_files("trellis", captions=())
+    frames = json.loads(files.pop("transforms.json"))
+    for frame in frames["frames"]:
+        name = frame["file_path"]
+        frame["file_path"] = written + name
+        files[there + name] = files.pop(name)
+    write(tmp_path / there, {**files, "transforms.json": json.dumps(frames).encode()})
+    write(tmp_path, {"captions.json": json.dumps({written: "a ball"}).encode()})
+    objects, found = found_in(tmp_path)
+    assert found.left_out == [] and objects.captions(0) == ["a ball"]
+    assert check(objects, 0, 0).left_out == []
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

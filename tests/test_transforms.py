@@ -303,6 +303,8 @@ def test_names_of_pictures():
     assert file_for("r_0", "r_0.jpg", "r_0.png") == "r_0.png"
     assert file_for("r_0", "r_0.webp") == "r_0.webp"
     assert file_for("r_0", "r_0") == "r_0"
+    assert file_for("r_0.tif") == "r_0.tif" and file_for("r_0.AVIF") == "r_0.AVIF"
+    assert file_for("r_0", "r_0.PNG") == "r_0.PNG" and file_for("r_0", "r_0.jfif") == "r_0.jfif"
     assert file_for("../images/a.png", "../images/a.png") == "../images/a.png"
     assert file_for("/home/ann/fox/images/a.png", "images/a.png") == "images/a.png"
     assert file_for("C:\\fox\\images\\a", "images/a.jpg") == "images/a.jpg"

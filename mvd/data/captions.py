@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..tools.errors import BadMember, UserError
-from .shards import read_range
+from .shards import composed, read_range
 
 # Columns of a table with a header that may name the object, and that hold its wordings.
 KEY_COLUMNS = ("sha256", "uid", "id", "key", "name", "object", "path", "file", "file_name",
@@ -282,7 +282,7 @@ def owners(key, ends):
 def by_end(names):
     """{last part of a path: [(i, path)]} of names [N], with and without tails that all share."""
     ends = {}
-    paths = list(names)
+    paths = [composed(name) for name in names]
     for tail in range(MOST_TAILS + 1):
         for i, path in enumerate(paths):
             ends.setdefault(path.rpartition("/")[2], []).append((i, path))
@@ -294,5 +294,5 @@ def by_end(names):
 
 def trimmed(key):
     """A table's key as the end of a path: "./0/10010.tar" -> "0/10010"."""
-    key = key.strip().replace("\\", "/").removeprefix("./").strip("/")
+    key = composed(key).strip().replace("\\", "/").removeprefix("./").strip("/")
     return os.path.splitext(key)[0] if key.endswith(OBJECT_SUFFIXES) else key

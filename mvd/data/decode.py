@@ -1,129 +1,21 @@
-"""Pictures as people store them: bytes of any kind -> uint8 RGBA of one size, or a reason why not.
+"""Training pictures: bytes of any kind -> uint8 RGBA of one size, or BadMember with the reason.
 
-Nothing is decoded half: a file that is damaged, cut short or would come out wrong (16-bit grey,
-which Pillow clips to white) raises BadMember. A picture's size is checked by its header before
-memory is taken for its pixels.
-
-Colours are weighed by alpha when a picture is made smaller, so that none leaks in from what is
-transparent.
+`tools/photos.py` opens them. Colours are weighed by alpha when a picture is made smaller, so that
+none leaks in from what is transparent.
 """
-import contextlib
-import io
 import math
-import struct
-import warnings
-import zlib
 
 import numpy as np
 from PIL import Image
 
 from ..tools.errors import BadMember
+from ..tools.photos import TOLERANCE, decoding, open_picture, pixels_of, shown
 
-# More pixels than this are not decoded. It is the number from which on Pillow warns.
-MOST_PIXELS = 89_478_485
-# What is tried, the commonest first. Pillow knows others, and runs Ghostscript for one of them.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "QOI")
-# How a PNG begins.
-PNG = b"\x89PNG\r\n\x1a\n"
-# A colour or an alpha (of 255) counts as another one up to this difference.
-TOLERANCE = 8
-# What undoes each EXIF orientation (EXIF 2.3, tag 274).
-ORIENTATION = 274
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-# ---- opening ---------------------------------------------------------------------------------
-
-@contextlib.contextmanager
-def decoding():
-    """Within this context whatever Pillow raises becomes BadMember, and it warns of nothing."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    except BadMember:
-        raise
-    except Image.DecompressionBombError as error:
-        raise BadMember(too_large()) from error
-    # Foreign bytes: OSError, SyntaxError, ValueError, EOFError, struct.error, and whatever else.
-    except Exception as error:
-        raise BadMember(f"cannot be decoded: {error or type(error).__name__}") from error
-
-
-def too_large():
-    return f"more than {MOST_PIXELS:,} pixels; make it smaller"
-
-
-def open_picture(content):
-    """A Pillow picture of the bytes `content`, checked by its header but not decoded yet.
-
-    Raises BadMember if it is no picture, too large, or has pixels that eight bits cannot hold.
-    """
-    if not content:
-        raise BadMember("the file is empty")
-    with decoding():
-        try:
-            picture = Image.open(io.BytesIO(content), formats=FORMATS)
-        except Image.UnidentifiedImageError as error:
-            begin = bytes(content[:16])
-            raise BadMember(
-                f"no picture of a kind that can be read (it begins with {begin!r})"
-            ) from error
-    if picture.width * picture.height > MOST_PIXELS:
-        raise BadMember(too_large())
-    if picture.mode.startswith(("I", "F")):
-        raise BadMember(
-            f"16-bit grey or float pixels (Pillow's mode {picture.mode}), which would come out "
-            "white; save it with 8 bits a channel"
-        )
-    if content.startswith(PNG):
-        check_sums(content)
-    return picture
-
-
-def check_sums(content):
-    """Raise BadMember if a chunk of a PNG differs from its checksum.
-
-    Pillow does not compare those of the pixels. What is cut short it notices.
-    """
-    content, place = memoryview(content), len(PNG)
-    kind = b""
-    while kind != b"IEND" and place + 8 <= len(content):
-        size, kind = struct.unpack_from(">I4s", content, place)
-        end = place + 8 + size
-        wanted = content[end:end + 4]
-        checksum = zlib.crc32(content[place + 4:end]).to_bytes(4, "big")
-        if len(wanted) == 4 and wanted != checksum:
-            raise BadMember("damaged: a checksum is wrong")
-        place = end + 4
+# A render of which less than this share is transparent has no background cut away.
+LEAST_CLEAR = 0.005
 
 
 # ---- pixels ----------------------------------------------------------------------------------
-
-def coloured(picture):
-    """The picture as RGBA if it has transparency of any kind, else as RGB."""
-    mode = "RGBA" if picture.has_transparency_data else "RGB"
-    return picture if picture.mode == mode else picture.convert(mode)
-
-
-def turned(picture):
-    """The picture as it is meant to be seen, by the orientation in its EXIF data."""
-    try:
-        orientation = picture.getexif().get(ORIENTATION)
-    # The pixels are sound: as other viewers do, damaged EXIF data is not obeyed.
-    except Exception:
-        orientation = None
-    turn = TURNS.get(orientation)
-    return picture if turn is None else picture.transpose(turn)
-
 
 def scaled(picture, box, size):
     """The square `box` (left, top, right, bottom) of RGB or RGBA as uint8 [4, size, size].
@@ -169,10 +61,8 @@ def decode_image(content, size):
     with decoding():
         # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, but not below what is asked for.
         picture.draft("RGB", (size, size))
-        picture.load()
-        picture = turned(coloured(picture))
-        box = square(picture.size)
-        planes = scaled(picture, box, size)
+        picture = shown(picture)
+        planes = scaled(picture, square(picture.size), size)
     if planes[3].max() <= TOLERANCE:
         raise BadMember("transparent all over")
     return planes
@@ -198,10 +88,8 @@ def decode_view(content, size, *, background=None, mask=None, centre=None):
     round `centre` is taken, the camera's principal point (x, y) in pixels, with the shorter side.
     EXIF data is not obeyed: cameras belong to the pixels as they are stored.
     """
-    picture = open_picture(content)
+    picture = pixels_of(open_picture(content))
     with decoding():
-        picture.load()
-        picture = coloured(picture)
         if is_opaque(picture):
             picture = cut_out(picture.convert("RGB"), background, mask)
         planes = scaled(picture, square(picture.size, centre), size)
@@ -211,8 +99,11 @@ def decode_view(content, size, *, background=None, mask=None, centre=None):
 
 
 def is_opaque(picture):
-    """Whether an RGB or RGBA picture has no transparent pixel."""
-    return picture.mode == "RGB" or picture.getchannel("A").getextrema()[0] >= 255 - TOLERANCE
+    """Whether an RGB or RGBA picture has no transparent pixels but a few, or a soft border."""
+    if picture.mode == "RGB":
+        return True
+    inside = np.asarray(picture.getchannel("A"))[1:-1, 1:-1]
+    return np.count_nonzero(inside < 255 - TOLERANCE) <= LEAST_CLEAR * inside.size
 
 
 def cut_out(picture, background, mask):
@@ -228,18 +119,17 @@ def cut_out(picture, background, mask):
             "no transparency: render it with a transparent background, or name the colour of its "
             "background with --background"
         )
-    picture.putalpha(Image.fromarray(alpha))
-    if is_opaque(picture):
+    if alpha.min() >= 255 - TOLERANCE:
         raise BadMember("opaque all over: neither its mask nor the background's colour parts it")
+    picture.putalpha(Image.fromarray(alpha))
     return picture
 
 
 def read_mask(content, shape):
     """The alpha, uint8 [H, W], that a mask means. Raises BadMember if it has another size."""
     try:
-        picture = open_picture(content)
-        with decoding():
-            mask = np.asarray(picture.convert("L"))
+        picture = pixels_of(open_picture(content))
+        mask = np.asarray(picture.convert("L"))
     except BadMember as error:
         raise BadMember(f"its mask: {error}") from error
     if picture.size != shape:

@@ -16,18 +16,18 @@ import posixpath
 from pathlib import Path, PureWindowsPath
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from ..tools.errors import BadMember, UserError
+from ..tools.photos import SUFFIXES, UNREADABLE, begins_as_picture
 from .captions import cell_texts, json_of, text_of, wordings
-from .decode import FORMATS, decode_image
+from .decode import decode_image
 from .found import Found, full_name
 from .layouts import Place, check_old
 from .search import search_places
 from .shards import (
-    PACKED, Records, expand, is_packed, is_tar, kept_index, natural, printable, read_range,
-    tar_members)
+    PACKED, Records, composed, expand, is_packed, is_tar, kept_index, natural, printable,
+    read_range, tar_members)
 
 # Tables of a Hugging Face image folder; the first that is there counts.
 TABLES = ("metadata.jsonl", "metadata.csv")
@@ -35,16 +35,6 @@ TABLES = ("metadata.jsonl", "metadata.csv")
 COLUMNS = ("captions", "caption", "text", "prompt")
 # Why a picture is left out, where several layouts agree.
 NO_CAPTION, EMPTY = "no caption", "empty caption"
-
-
-def known_suffixes():
-    """The endings of files that hold pictures, in lower case: .jpg, .jpeg, .png …"""
-    Image.init()
-    kinds = Image.registered_extensions()
-    return frozenset(suffix for suffix, kind in kinds.items() if kind in FORMATS)
-
-
-SUFFIXES = known_suffixes()
 
 
 def is_picture(name):
@@ -297,8 +287,10 @@ def pair_lines(root, prefix, names, found):
         kind = suffix.lower()[1:]
         if kind in texts:
             texts[kind][stem] = name
+        elif is_picture(name) or not suffix and begins_as_picture(os.path.join(root, prefix, name)):
+            pictures.append(name)
         else:
-            (pictures if is_picture(name) else others).append(name)
+            others.append(name)
     first = {}    # {stem: name}
     for name in sorted(pictures, key=natural):
         stem = os.path.splitext(name)[0]
@@ -314,10 +306,10 @@ def pair_lines(root, prefix, names, found):
             yield line_of(prefix + name, None, kind, text)
             continue
         found.leave_out(prefix + name, reason)
-    # Other files may lie there, too, but not with a caption.
+    # Files that are no pictures may lie there, too, but not with a caption.
     for name in sorted(others, key=natural):
-        stem = os.path.splitext(name)[0]
-        if stem in texts["txt"] and stem not in first:
+        stem, suffix = os.path.splitext(name)
+        if stem not in first and (stem in texts["txt"] or suffix.lower() in UNREADABLE):
             found.leave_out(prefix + name, "no kind of picture that can be read")
 
 
@@ -350,7 +342,8 @@ def table_in(root, prefix, names):
 
 def table_lines(root, tables, files, found):
     """The records of the rows of tables [(prefix, name)]. files: the names of all files there."""
-    there, named = set(files), set()
+    there, named = {composed(name): name for name in files}, set()
+    there.update((name, name) for name in files)
     for prefix, table in tables:
         for place, row in rows(root, prefix + table, found):
             # The picture of a row that names none will be left out as one that is not named.
@@ -409,7 +402,7 @@ def json_line(line, place, found):
 
 
 def file_of(row, prefix, there):
-    """The name that a row gives, below the root. Raises BadMember."""
+    """The name that a row gives, below the root. there: {name: the same on the disk}. BadMember."""
     file = row.get("file_name")
     if not isinstance(file, str) or not file.strip():
         raise BadMember("no file_name")
@@ -417,8 +410,11 @@ def file_of(row, prefix, there):
     path = PureWindowsPath(file)
     if path.anchor or ".." in path.parts:
         raise BadMember(f"its file_name {printable(file)!r} leads out of the folder")
-    name = prefix + posixpath.normpath(file)
-    return name if name in there else prefix + path.as_posix()
+    for name in (prefix + posixpath.normpath(file), prefix + path.as_posix()):
+        for spelled in (name, composed(name)):
+            if spelled in there:
+                return there[spelled]
+    return name
 
 
 def captions_of(row, table):

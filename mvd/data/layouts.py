@@ -21,11 +21,11 @@ from typing import NamedTuple
 import numpy as np
 
 from ..tools.errors import BadMember, UserError
+from ..tools.photos import SUFFIXES
 from .captions import json_of, text_of
-from .shards import natural, read_range
+from .shards import composed, natural, read_range
 from .transforms import ACROSS, DOWN, read_transforms
 
-PICTURE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 PICTURE_FOLDERS = ("rgba", "rgb", "images", "image", "imgs", "img", "color", "colors", "renders")
 MATRIX_FOLDERS = ("pose", "poses", "camera", "cameras", "cam", "cams", "c2w", "extrinsics",
                   "extrinsic", "matrices")
@@ -148,10 +148,11 @@ def finder(node):
         folder, _, name = path.rpartition("/")
         if folder not in known:
             try:
-                known[folder] = listing(folder_in(node, folder))[0]
+                files = listing(folder_in(node, folder))[0]
             except BadMember:
-                known[folder] = {}
-        return known[folder].get(name)
+                files = {}
+            known[folder] = {composed(name): place for name, place in files.items()} | files
+        return known[folder].get(name) or known[folder].get(composed(name))
 
     return find
 
@@ -198,7 +199,7 @@ def pairing_of(files, folders, most_folders=None):
 
 def pairings(files, folders, most_folders):
     """The Pairings that there may be, the likelier first."""
-    pictures = stems(files, PICTURE_SUFFIXES)
+    pictures = stems(files, SUFFIXES)
     if pictures:
         masks = masks_of(files)
         for suffix, read in ((".npy", matrix_of), (".txt", matrix_of), (".json", origin_of)):
@@ -219,7 +220,7 @@ def layout_of(files, folders):
     found = transforms_in(files)
     if found:
         return found[0]
-    if "cameras.npz" in files and stems(files, PICTURE_SUFFIXES):
+    if "cameras.npz" in files and stems(files, SUFFIXES):
         return "pictures + cameras.npz"
     pairing = pairing_of(files, folders, TRIES)
     return pairing.layout if pairing else ""
@@ -251,7 +252,7 @@ def transforms_in(files):
             ours = isinstance(content, dict) and "locations" in content
         except BadMember:
             # It may have been: whoever reads the object will report it.
-            ours = bool(stems(files, PICTURE_SUFFIXES))
+            ours = bool(stems(files, SUFFIXES))
         if ours:
             return ["meta.json"]
     return []
@@ -276,7 +277,7 @@ def masks_of(files):
     for name, place in files.items():
         stem, suffix = os.path.splitext(name)
         mask = MASK.search(stem)
-        if mask and suffix.lower() in PICTURE_SUFFIXES:
+        if mask and suffix.lower() in SUFFIXES:
             found[mask[1] or mask[2]] = place
     return found
 
@@ -286,12 +287,12 @@ def two_folders(folders):
     masks = {}
     for name in MASK_FOLDERS:
         if name in folders:
-            inside = stems(listing(folders[name])[0], PICTURE_SUFFIXES)
+            inside = stems(listing(folders[name])[0], SUFFIXES)
             masks.update({stem: places[0] for stem, places in inside.items()})
     for first in (name for name in PICTURE_FOLDERS if name in folders):
         for second in (name for name in MATRIX_FOLDERS if name in folders):
             files, _ = listing(folders[first])
-            pictures = stems(files, PICTURE_SUFFIXES)
+            pictures = stems(files, SUFFIXES)
             cameras = stems(listing(folders[second])[0], (".npy", ".txt"))
             yield Pairing(
                 f"{first}/ + {second}/", pictures, cameras, {**masks, **masks_of(files)},
@@ -308,7 +309,7 @@ def view_folders(folders, most=None):
     numbered = sorted((name for name in folders if name.isdecimal()), key=natural)
     for folder in numbered[:most]:
         files, _ = listing(folders[folder])
-        pictures, cameras = stems(files, PICTURE_SUFFIXES), stems(files, (".json",))
+        pictures, cameras = stems(files, SUFFIXES), stems(files, (".json",))
         names = pictures.keys() or cameras.keys()
         if most and len(names) > 1:
             return result._replace(pictures={})
@@ -426,7 +427,12 @@ def stacked_views(node, files):
     # A damaged archive raises nearly anything.
     except Exception as error:
         raise BadMember(f"cameras.npz has no matrices cam_poses ({error})") from None
-    pictures = stems(files, PICTURE_SUFFIXES)
+    pictures = stems(files, SUFFIXES)
+    if len(pictures) > len(matrices):
+        # A preview beside the views is none.
+        shapes = [shape_of(stem) for stem in pictures]
+        usual = max(shapes, key=shapes.count)
+        pictures = {stem: pictures[stem] for stem in pictures if shape_of(stem) == usual}
     if len(pictures) != len(matrices):
         raise BadMember(f"{len(pictures)} pictures, but {len(matrices)} matrices in cameras.npz")
     lens = intrinsics(node)

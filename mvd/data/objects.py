@@ -19,9 +19,10 @@ import numpy as np
 import torch
 
 from ..tools.errors import BadMember, UserError
+from ..tools.photos import open_picture
 from . import poses
 from .captions import Table, captions_from, own_captions, tables_near
-from .decode import decode_view, open_picture
+from .decode import decode_view
 from .found import Found, full_name
 from .layouts import listing, read_place, read_views
 from .search import FEW_TARS, node_of, search_places

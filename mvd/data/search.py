@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..tools.errors import BadMember
+from ..tools.photos import SUFFIXES
 from .captions import Table, own_captions, tables_among
 from .found import Found, full_name
-from .layouts import (
-    INTRINSICS, PICTURE_SUFFIXES, Place, layout_of, listing, numbers, read_place, stems, tree)
+from .layouts import INTRINSICS, Place, layout_of, listing, numbers, read_place, stems, tree
 from .shards import is_tar, natural, tar_members
 
 # Of a folder with more tars than this only so many are opened; if each of these holds one object,
@@ -109,7 +109,7 @@ def walk(node, name, captions, search):
         yield name, node, captions
         return
     search.refused += unsupported(full_name(search.found.path, name), files)
-    pictures = stems(files, PICTURE_SUFFIXES)
+    pictures = stems(files, SUFFIXES)
     if pictures:
         search.bare.append(Bare(name, len(pictures), is_captioned(files, pictures)))
     tables = tables_among(files)
@@ -151,7 +151,7 @@ def joined(*parts):
 def unsupported(name, files):
     """What lies in a folder that looks like an object, but is of no use: [text] or []."""
     suffixes = {os.path.splitext(file)[1].lower() for file in files}
-    pictures = suffixes.intersection(PICTURE_SUFFIXES)
+    pictures = suffixes.intersection(SUFFIXES)
     if "meta.pkl" in files:
         return [f"{name} is SyncDreamer's layout, whose cameras lie in meta.pkl: pickle files can "
                 "run code and are not read; write transforms.json or a .npy for each picture"]

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import tarfile
+import unicodedata
 import zlib
 from pathlib import Path
 
@@ -75,6 +76,11 @@ def natural(name):
     parts = NUMBERS.split(name)
     parts[1::2] = map(int, parts[1::2])
     return parts, name
+
+
+def composed(name):
+    """A name as most programs write it: a Mac may write é as an e and an accent (Unicode's NFC)."""
+    return unicodedata.normalize("NFC", name)
 
 
 def printable(name):

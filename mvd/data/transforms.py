@@ -26,10 +26,8 @@ import numpy as np
 
 from ..tools.errors import BadMember
 from ..tools.files import write_atomic
+from ..tools.photos import SUFFIXES
 from .shards import natural
-
-# Tried in this order where a name lacks its extension.
-EXTENSIONS = [".png", ".webp", ".jpg", ".jpeg"]
 
 
 # ---- writing ---------------------------------------------------------------------------------
@@ -181,16 +179,17 @@ def picture_of(path, exists):
     /home/ann/fox/images/1.png is images/1.png here, if that exists.
     """
     if exists is None:
-        known = posixpath.splitext(path)[1].lower() in EXTENSIONS
+        known = posixpath.splitext(path)[1].lower() in SUFFIXES
         return path if known else path + ".png"
+    endings = ["", *SUFFIXES, *(suffix.upper() for suffix in SUFFIXES)]
     paths = [path]
     if path.startswith("/") or path[1:2] == ":":
         parts = path.split("/")
         paths += ["/".join(parts[i:]) for i in range(1, len(parts))]
     for name in paths:
-        for candidate in [name] + [name + extension for extension in EXTENSIONS]:
-            if exists(candidate):
-                return candidate
+        for ending in endings:
+            if exists(name + ending):
+                return name + ending
     raise BadMember("the picture is missing")
 
 
