@@ -5,9 +5,23 @@
 The scripts of the root folder can be imported.
 """
 import os
+import signal
 import sys
+import warnings
 from pathlib import Path
 
+# The tests, and the processes that they start, see the same whatever is set outside: another
+# model hub or none, proxies, warnings that are hidden or errors, a place among torchrun's processes.
+for name in list(os.environ):
+    if name.upper().startswith(("HF_", "PYTHONWARNINGS", "TORCHELASTIC_")) or name.upper() in (
+        "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "RANK", "WORLD_SIZE", "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+    ):
+        del os.environ[name]
+sys.warnoptions.clear()
+warnings.resetwarnings()
+# In the background of a shell Ctrl-C is ignored, also by what is started there.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Threads that wait leave the cores to others. OpenMP reads this once, when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 

@@ -271,7 +271,7 @@ def write(folder, files):
 def write_tar(path, files):
     """Write files as a tar: {name: bytes}, or a list of (name, bytes) where names occur twice."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
+    with tarfile.open(path, "w", encoding="utf-8") as archive:
         for name, content in files.items() if isinstance(files, dict) else files:
             member = tarfile.TarInfo(name)
             member.size = len(content)

@@ -239,8 +239,9 @@ def test_a_lost_run_names_the_last_good_checkpoint_and_goes_on_from_it(tmp_path,
     """train.py on balls: from step 10 on all is NaN."""
     toy_data.write(tmp_path / "data", size=64, views=8)
     out = tmp_path / "run"
-    flags = f"""--preset nano --device cpu --vae-steps 0 --steps 20 --batch 1 --copies 1
-        --views 2 --save-every 8 --data {tmp_path / "data"} --out {out}""".split()
+    flags = """--preset nano --device cpu --vae-steps 0 --steps 20 --batch 1 --copies 1
+        --views 2 --save-every 8""".split()
+    flags += ["--data", str(tmp_path / "data"), "--out", str(out)]
     errors = train.diffusion_errors
     calls = []
 

@@ -41,7 +41,7 @@ def write(folder, files):
 
 def write_tar(path, files):
     """A tar of [(name, bytes or text)] or {name: bytes or text}."""
-    with tarfile.open(path, "w") as archive:
+    with tarfile.open(path, "w", encoding="utf-8") as archive:
         for name, content in files.items() if isinstance(files, dict) else files:
             content = content.encode() if isinstance(content, str) else content
             member = tarfile.TarInfo(name)

@@ -11,7 +11,7 @@ LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
 
 def links(page):
     """(text, target) of each link of a page that leads to a file of the repository."""
-    found = LINK.findall((ROOT / page).read_text())
+    found = LINK.findall((ROOT / page).read_text("utf-8"))
     return [(text, target) for text, target in found if "://" not in target and target[0] != "#"]
 
 
@@ -27,7 +27,7 @@ def test_a_link_with_a_line_leads_to_the_function_that_it_names():
     assert len(numbered) > 10
     for text, target in numbered:
         file, line = target.split("#L")
-        source = (ROOT / file).read_text().split("\n")
+        source = (ROOT / file).read_text("utf-8").split("\n")
         name = text.strip("`")
         definition = rf"\s*(def|class) {name}\b|{name} = "
         assert re.match(definition, source[int(line) - 1]), (
@@ -38,13 +38,13 @@ def test_a_link_with_a_line_leads_to_the_function_that_it_names():
 
 def anchors(page):
     """What the headings of a page are linked by."""
-    headings = re.findall(r"^#+ (.*)$", (ROOT / page).read_text(), flags=re.M)
+    headings = re.findall(r"^#+ (.*)$", (ROOT / page).read_text("utf-8"), flags=re.M)
     return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_headings_that_are_linked_are_there(page):
-    targets = re.findall(r"\]\(([\w./]*)#([a-z][^)]+)\)", (ROOT / page).read_text())
+    targets = re.findall(r"\]\(([\w./]*)#([a-z][^)]+)\)", (ROOT / page).read_text("utf-8"))
     assert targets
     for file, heading in targets:
         assert heading in anchors(file or page), f"{page}: there is no heading #{heading}"

@@ -20,7 +20,7 @@ from mvd.tools.errors import BadMember, UserError
 
 def write_tar(path, files, kind=tarfile.PAX_FORMAT):
     """A tar of {name: bytes}, or of [(name, bytes)]."""
-    with tarfile.open(path, "w", format=kind) as archive:
+    with tarfile.open(path, "w", format=kind, encoding="utf-8") as archive:
         for name, content in files.items() if isinstance(files, dict) else files:
             member = tarfile.TarInfo(name)
             member.size = len(content)
@@ -126,7 +126,7 @@ def test_members_are_found_and_read_where_they_lie(kind, tmp_path):
     for name, offset, size in members:
         assert read_range(path, offset, size) == files[name]
     # As tarfile itself sees it.
-    with tarfile.open(path) as archive:
+    with tarfile.open(path, encoding="utf-8") as archive:
         assert [(m.name, m.offset_data, m.size) for m in archive] == members
 
 

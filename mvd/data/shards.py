@@ -135,7 +135,7 @@ def tar_members(path, problems=None):
     opened.cache_clear()    # Its name may stand for another file by now.
     try:
         whole = os.path.getsize(path)
-        with tarfile.open(path, "r:") as archive:
+        with tarfile.open(path, "r:", encoding="utf-8") as archive:
             last = -1
             while not problem and (member := archive.next()) is not None:
                 # It would collect them: a kilobyte each.
