@@ -423,6 +423,13 @@ def test_a_worker_outlives_the_signals_that_stop_a_run():
             assert next(answers).captions == [str(worker)]
 
 
+@pytest.mark.parametrize("error", [
+    BrokenPipeError(), ConnectionResetError(), EOFError(), ValueError("a bug")])
+def test_a_worker_is_silent_when_its_parent_ends_in_the_middle_of_a_question(error, capsys):
+    loader.silent_if_left(type(error), error, None)
+    assert ("a bug" in capsys.readouterr().err) == isinstance(error, ValueError)
+
+
 def test_a_worker_that_dies_ends_the_run_with_one_line():
     answers = batches(examples_of(None, Suicides(9)), iter([Request("images", (0,))]), 1)
     with pytest.raises(UserError, match="a process that reads data has died .*enlarge /dev/shm"):

@@ -64,6 +64,13 @@ def ignore_signals(_):
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = silent_if_left
+
+
+def silent_if_left(kind, error, trace):
+    """Print an exception of a thread, but not that the parent has ended while it was served."""
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def unchanged(answer):
