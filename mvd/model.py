@@ -11,7 +11,7 @@ from . import cameras, diffusion, presets, weights
 from .presets import PRESETS, ModelConfig
 from .text import TextTower
 from .tools import checkpoint
-from .tools.device import GraphedStep, side_stream, without_cudnn_search
+from .tools.device import GraphedStep, check_seed, side_stream, without_cudnn_search
 from .tools.errors import UserError
 from .tools.files import write_atomic, write_safetensors
 from .tools.vocabulary import known_part
@@ -262,8 +262,10 @@ class MVDream(nn.Module):
         list of time steps, as tqdm does.
 
         Noise is drawn on the CPU: a seed gives the same picture on every device. Raises UserError
-        for an empty prompt, steps outside 1..1000, or a size that the networks cannot halve.
+        for an empty prompt, steps outside 1..1000, a seed that is none (`check_seed`), or a size that
+        the networks cannot halve.
         """
+        generator = torch.Generator().manual_seed(check_seed(seed))
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not all(p.strip() for p in prompts):
             raise UserError("the prompt is empty: say what to draw")
@@ -291,7 +293,6 @@ class MVDream(nn.Module):
         h = size // self.latent_factor
         shape = (B, views, config.unet.in_channels, h, h)
         times = diffusion.timesteps(steps).tolist()
-        generator = torch.Generator().manual_seed(seed)
         states = diffusion.sampling_steps(
             GraphedStep(guided_noise, device), shape, steps, sampler, eta,
             generator=generator, device=device,

@@ -55,7 +55,7 @@ class DistillSettings:
         "of the model; auto: bfloat16 on cuda, else float32",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
-    seed: int = setting(0, "of everything random", min=0, max=2**63 - 1)
+    seed: int = setting(0, "of everything random", min=0)
     steps: int = setting(10000, "optimisation steps; every schedule is a share of them", min=1)
     compile: bool = setting(
         True,

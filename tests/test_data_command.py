@@ -1,4 +1,5 @@
 """python -m mvd.data: what it prints about objects and images, for people and as JSON."""
+import errno
 import json
 import sys
 
@@ -126,6 +127,22 @@ def test_a_path_with_neither_is_an_error(run, tmp_path):
     assert error is not None and str(tmp_path) in str(error)
     (tmp_path / "model.glb").write_bytes(b"")
     assert "meshes" in str(run(tmp_path)[1])
+
+
+def test_a_path_that_may_not_be_read_does_not_hide_the_others(tmp_path, monkeypatch, capsys):
+    write(tmp_path / "good", layout_files("zero123", 1))
+    report_on = command.report_on
+
+    def report(path, settings):
+        if "locked" in path:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return report_on(path, settings)
+
+    monkeypatch.setattr(command, "report_on", report)
+    with pytest.raises(PermissionError):
+        command.main([str(tmp_path / "locked"), str(tmp_path / "good"), "--json", "--size", "24"])
+    locked, good = reports(capsys.readouterr().out)
+    assert "Permission denied" in locked["error"] and good["objects"] == 1
 
 
 def test_a_readable_summary(run, tmp_path):

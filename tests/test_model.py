@@ -4,6 +4,7 @@ import copy
 import json
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -190,6 +191,19 @@ def test_sample_of_several_prompts_and_modes(model):
         model.sample(" ")
     with pytest.raises(UserError, match="size is 72 pixels, but must be a multiple of 16"):
         model.sample("a red bulldog", size=72)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63 - 1, 2**64, True, 1.0, 1.5, "1", None, np.float64(2)])
+def test_what_is_no_seed_is_told(model, seed):
+    with pytest.raises(UserError, match="a seed is a whole number"):
+        model.sample("a red bulldog", steps=1, seed=seed)
+
+
+def test_whole_numbers_of_other_libraries_are_seeds(model):
+    plain = model.sample("a red bulldog", steps=1, views=1, seed=3)
+    for seed in (np.int64(3), np.uint8(3), torch.tensor(3)):
+        assert torch.equal(model.sample("a red bulldog", steps=1, views=1, seed=seed), plain)
+    model.sample("a red bulldog", steps=1, views=1, seed=2**63 - 2)
 
 
 def test_bad_files_end_in_one_line(model, tmp_path):

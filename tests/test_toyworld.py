@@ -18,6 +18,7 @@ from PIL import Image
 from mvd import MVDream
 from mvd.cameras import orbit
 from mvd.data import find_images, find_objects
+from mvd.metrics import candidates
 from mvd.tools.errors import UserError
 from mvd.toyworld import (
     ACCESSORIES, COLOURS, NATURAL, ORIENTED, PAINTS, RENDERED_VIEWS, SLOT, SUBJECTS, Item, Thing,
@@ -380,6 +381,55 @@ def test_a_killed_run_goes_on_where_it_was_and_a_data_set_can_grow(whole, tmp_pa
     for path, time in done.items():
         assert os.stat(path).st_mtime_ns == time, f"{path} was drawn again"
     assert_same_folder(tmp_path, whole)
+
+
+@pytest.mark.parametrize("kind", ["set", "image"])
+@pytest.mark.parametrize("seed", [0, 1, 4293, 4294, 4295, 2**32 - 1, 2**40, 2**62, 2**63 - 2])
+def test_no_proportions_of_the_judge_are_in_the_data(kind, seed):
+    """As PyTorch's generator takes them, which reads the last 32 bits of a seed."""
+    judges = {*candidates.CANDIDATE_SEEDS, *candidates.REAL_SEEDS}
+    found = set()
+    for i in (0, 1, 467_296, 499_999, 500_000, 934_592, 967_295, 967_296, 999_999, 10**6, 10**9):
+        item = dataset.plan_item(kind, i, seed, ("bulldog", None), "red")
+        found.add(item.seed % 2**32)
+    assert not judges & found and min(found) >= 10**6
+    assert len(found) == 11, "two items are the same"
+    torch.manual_seed(3)
+    same = torch.rand(2)
+    torch.manual_seed(3 + 2**32)
+    assert torch.equal(torch.rand(2), same), "it reads more bits: seeds need not be folded"
+
+
+def test_the_data_of_a_small_seed_stay_as_they_are():
+    """The shipped model has seen those of seed 0."""
+    for seed in (0, 1, 7, 4000):
+        assert [item.seed for item in plan("set", 3, seed)] == [
+            (seed + 1) * 10**6 + i for i in range(3)]
+        assert [item.seed for item in plan("image", 3, seed)] == [
+            (seed + 1) * 10**6 + 500_000 + i for i in range(3)]
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63 - 1, True, 0.0, "0"])
+def test_what_is_no_seed_is_refused(seed, tmp_path):
+    with pytest.raises(UserError, match="a seed is a whole number"):
+        write(tmp_path / "new", objects=1, images=1, size=8, seed=seed)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_start_that_fails_is_in_nobodys_way(tmp_path, monkeypatch):
+    """Another size or seed is fine as long as nothing is drawn."""
+    def fails(*_, **__):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "draw_files", fails)
+        with pytest.raises(MemoryError):
+            write(tmp_path, objects=1, images=0, size=10**5)
+    assert (tmp_path / "settings.json").exists()
+    write(tmp_path, objects=0, images=1, size=8, seed=3)
+    assert json.loads((tmp_path / "settings.json").read_text()) == {"size": 8, "seed": 3}
+    with pytest.raises(UserError, match="another size or seed"):
+        write(tmp_path, objects=0, images=1, size=16, seed=3)
 
 
 def test_mistakes_are_told_in_one_line_and_change_nothing(whole, tmp_path):

@@ -326,7 +326,7 @@ def reasons_of(report):
 def parts_of(path):
     """The path, or the two folders in it that mvd.toyworld writes: [text]."""
     parts = [Path(path) / name for name in ("sets", "images")]
-    if all(part.is_dir() for part in parts) and not (Path(path) / "index.jsonl").exists():
+    if all(map(os.path.isdir, parts)) and not (Path(path) / "index.jsonl").exists():
         return [str(part) for part in parts]
     return [path]
 
@@ -342,7 +342,7 @@ def in_one(path, reports):
     return both
 
 
-def read_flags():
+def read_flags(argv):
     """The settings on the command line."""
     parser = cli.Parser(
         prog="python -m mvd.data", description=__doc__, allow_abbrev=False,
@@ -363,19 +363,19 @@ def read_flags():
         help="pixels along a side, to which pictures are decoded (default: 256)")
     add("--json", action="store_true",
         help="print one JSON object on one line for each path, and nothing else")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main():
+def main(argv=None):
     """The command: print a report for each path. Raises UserError, the first one's, at the end."""
-    settings = read_flags()
+    settings = read_flags(argv)
     errors = []
     for path in settings.paths:
         reports = []
         for part in parts_of(path):
             try:
                 report = report_on(part, settings)
-            except UserError as error:
+            except (UserError, PermissionError) as error:
                 errors.append(error)
                 report = {"path": part, "error": " ".join(str(error).split())}
             reports.append(report)

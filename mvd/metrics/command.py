@@ -22,7 +22,7 @@ from tqdm import tqdm
 from .. import toyworld
 from ..model import MVDream
 from ..tools import cli
-from ..tools.device import choose_device, choose_dtype
+from ..tools.device import LARGEST_SEED, choose_device, choose_dtype
 from ..tools.errors import UserError
 from ..tools.files import read_safetensors
 from . import clip, consistency
@@ -49,8 +49,8 @@ def sample_all(model, prompts, seed, batch=16, cameras=SAMPLED):
     sets = []
     for i in tqdm(starts, desc="sampling", unit="batch", disable=None):
         sets.append(model.sample(
-            prompts[i:i + batch],
-            elevation=cameras.elevation, views=len(cameras.azimuth), seed=seed + i))
+            prompts[i:i + batch], elevation=cameras.elevation, views=len(cameras.azimuth),
+            seed=(seed + i) % (LARGEST_SEED + 1)))
     return torch.cat(sets)
 
 
@@ -364,7 +364,7 @@ def cell(value):
     return str(value)
 
 
-def main():
+def main(argv=None):
     """The command: judge samples of a model, or runs, and print the reports. Raises UserError."""
     parser = cli.Parser(
         prog="python -m mvd.metrics",
@@ -385,9 +385,10 @@ def main():
     add("--shape", action="store_true",
         help="with runs: judge their surfaces instead of their colours, by normals and mesh")
     add("--device", default="auto", help="cuda, mps or cpu; auto takes the best")
-    add("--seed", type=int, default=0, help="of captions, noise and real renders")
+    add("--seed", type=cli.converter(int, {"min": 0}), default=0,
+        help="of captions, noise and real renders")
     add("--json", action="store_true", help="one JSON object per line instead of a table")
-    flags = parser.parse_args()
+    flags = parser.parse_args(argv)
     if bool(flags.runs) == (flags.samples is not None):
         raise UserError(
             "name the folders of runs, or say how many captions to sample: --samples 8")

@@ -8,7 +8,9 @@ import argparse
 import contextlib
 import dataclasses
 import errno
+import io
 import math
+import os
 import shlex
 import signal
 import sys
@@ -19,7 +21,7 @@ import warnings
 import torch
 
 from . import parallel
-from .device import keep_memory
+from .device import LARGEST_SEED, keep_memory
 from .errors import UserError
 
 # What stands in the usage for a value.
@@ -49,7 +51,8 @@ class Parser(argparse.ArgumentParser):
 def setting(default=dataclasses.MISSING, help="", **rules):
     """A field of a script's settings: its default (none: it must be given), one line of help.
 
-    rules: positional=True; choices=(...); min=, max= (bounds, included).
+    rules: positional=True; choices=(...); min=, max= (bounds, included). A whole number is at
+    most LARGEST_SEED, if nothing is said.
     """
     return dataclasses.field(default=default, metadata={"help": help, **rules})
 
@@ -150,14 +153,16 @@ def add_flag(parser, field, kind, values):
 def converter(kind, rules):
     """text -> a finite `kind` within the bounds; argparse names the flag in what it raises."""
     low, high = rules.get("min", -math.inf), rules.get("max", math.inf)
+    if kind is int:
+        high = min(high, LARGEST_SEED)
 
     def convert(text):
         value = kind(text)
-        if kind is not str and not (low <= value <= high and math.isfinite(value)):
+        if kind is not str and not (low <= value <= high and abs(value) < math.inf):
             bounds = []
             if low > -math.inf:
                 bounds.append(f"at least {low}")
-            if high < math.inf:
+            if "max" in rules or value > high:
                 bounds.append(f"at most {high}")
             wanted = " and ".join(bounds) or "finite"
             raise argparse.ArgumentTypeError(f"must be {wanted}, not {text}")
@@ -213,41 +218,108 @@ def interruption(code):
     return Terminated() if code == signal.SIGTERM else KeyboardInterrupt()
 
 
+# No reader is left: of a pipe (Windows calls it EINVAL), or at the terminal.
+NO_READER = (errno.EPIPE, errno.EINVAL, errno.EIO)
+# No file of ours may be made there, or theirs not be read; or a name is too long.
+DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
+
+
+class Console(io.FileIO):
+    """What lies below stdout or stderr. What cannot be written is lost, and the work goes on."""
+    problem = None  # the last OSError
+
+    def write(self, content):
+        try:
+            return super().write(content)
+        except OSError as error:
+            self.problem = error
+            return len(content)
+
+
+def printing(stream):
+    """stdout or stderr, or in its place one that can always be printed to.
+
+    A letter that the console does not have is printed as its number, \\u03bb, as Python does in
+    its own errors. A stream that the caller has put there, a notebook's for example, stays.
+    """
+    if stream is None:
+        return open(os.devnull, "w")
+    buffer = getattr(stream, "buffer", None)
+    raw = getattr(buffer, "raw", buffer)
+    if type(raw) is not io.FileIO:
+        return stream
+    file = io.BufferedWriter(Console(raw.fileno(), "w", closefd=False))
+    at_once = stream.line_buffering or stream.write_through
+    return io.TextIOWrapper(file, stream.encoding, "backslashreplace", line_buffering=at_once)
+
+
+def full(stream):
+    """Whether a stream of `printing` has lost something for another reason than a lack of readers.
+
+    That is, whether it goes to a disk that is full.
+    """
+    stream.flush()
+    raw = getattr(getattr(stream, "buffer", None), "raw", None)
+    problem = getattr(raw, "problem", None)
+    return problem is not None and problem.errno not in NO_READER
+
+
 def main(function):
     """Call function(). User errors are printed in one line, with exit status 2.
 
-    A bug of ours keeps its traceback. A warning is one line, too, without the place in our source.
-    Ctrl-C ends with exit status 130, SIGTERM with 143.
+    A bug of ours keeps its traceback. A warning is one line, too, without the place in our source,
+    and is printed whatever PYTHONWARNINGS says. Ctrl-C ends with exit status 130, SIGTERM with 143.
     """
-    def fail(line):
-        print("error:", " ".join(line.split()), file=sys.stderr)
-        return 2
-
-    def show_warning(message, *_, **__):
-        if parallel.is_first():
-            print("warning:", " ".join(str(message).split()), file=sys.stderr)
-
-    def on_terminate(number, frame):
-        signal.signal(number, signal.SIG_IGN)
-        raise Terminated
-
-    warnings.showwarning = show_warning
     keep_memory()
-    status = 0
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(printing, before)
     try:
-        with handlers({signal.SIGTERM: on_terminate}):
+        status = status_of(function)
+        if not status and full(sys.stdout):
+            status = fail("the disk is full to which the output goes")
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = before
+    parallel.end(status)
+
+
+def fail(line):
+    """Print an error in one line; returns the exit status, 2."""
+    print("error:", " ".join(line.split()), file=sys.stderr)
+    return 2
+
+
+def show_warning(message, *_, **__):
+    if parallel.is_first():
+        print("warning:", " ".join(str(message).split()), file=sys.stderr)
+
+
+def on_terminate(number, frame):
+    signal.signal(number, signal.SIG_IGN)
+    raise Terminated
+
+
+def status_of(function):
+    """Call function(), print what users can mend in one line, return the exit status."""
+    try:
+        with warnings.catch_warnings(), handlers({signal.SIGTERM: on_terminate}):
+            warnings.simplefilter("default", UserWarning)
+            warnings.showwarning = show_warning
             function()
     except UserError as error:
-        status = fail(str(error))
+        return fail(str(error))
     except torch.cuda.OutOfMemoryError:
-        status = fail(
+        return fail(
             "the GPU has no memory left; close other programs that use it, "
             "or use --device cpu or smaller settings"
         )
     except OSError as error:
+        if error.errno in DENIED and error.filename is not None:
+            return fail(f"cannot use {error.filename}: {error.strerror}")
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        status = fail(
+        return fail(
             "no space left on the disk; free some, "
             "then run again (with --resume if there is a checkpoint)"
         )
@@ -255,14 +327,14 @@ def main(function):
         # PyTorch raises it wherever the main program is, when a process that reads has died.
         if not str(error).startswith("DataLoader worker"):
             raise
-        status = fail(f"{error}; if memory ran out use fewer --workers; go on with --resume")
+        return fail(f"{error}; if memory ran out use fewer --workers; go on with --resume")
     except Terminated:
-        status = 143
+        return 143
     except KeyboardInterrupt:
-        status = 130
+        return 130
     except SystemExit as end:
-        status = end.code
-    parallel.end(status)
+        return end.code
+    return 0
 
 
 @contextlib.contextmanager
@@ -270,12 +342,16 @@ def handlers(functions):
     """Within this context the signals {number: function} call these, in the main thread.
 
     Afterwards they do what they did before, but a signal that is ignored by then stays so: a
-    script that SIGTERM has told to end may be told again, by torchrun for example.
+    script that SIGTERM has told to end may be told again, by torchrun for example. One that is
+    ignored already (nohup) or belongs to a program round Python is left alone.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, function) for number, function in functions.items()}
+    before = {}
+    for number, function in functions.items():
+        if signal.getsignal(number) not in (None, signal.SIG_IGN):
+            before[number] = signal.signal(number, function)
     try:
         yield
     finally:

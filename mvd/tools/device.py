@@ -3,6 +3,7 @@ import contextlib
 import ctypes
 import functools
 import importlib.util
+import operator
 import os
 import shutil
 import sys
@@ -101,7 +102,24 @@ def keep_memory():
         libc.mallopt(mmap_threshold, 1 << 30)
         libc.mallopt(trim_threshold, 2 ** 31 - 1)
 
-# ---- what a checkpoint saves and restores ----------------------------------------------------
+# ---- random numbers: seeds, and what a checkpoint saves and restores --------------------------
+
+# A bit of room below the largest int64, in which tensors hold seeds.
+LARGEST_SEED = 2**63 - 2
+
+
+def check_seed(seed):
+    """Return a seed as an int. Raises UserError for anything but 0, 1, ..., LARGEST_SEED.
+
+    Whole numbers of NumPy and PyTorch are some; True and 1.0 are none.
+    """
+    try:
+        number = operator.index(seed)
+    except TypeError:
+        number = -1
+    if isinstance(seed, bool) or not 0 <= number <= LARGEST_SEED:
+        raise UserError(f"a seed is a whole number from 0 to {LARGEST_SEED}, not {seed!r}")
+    return number
 
 
 def random_state():

@@ -103,14 +103,18 @@ def read_safetensors(path):
     """Return ({name: tensor on the CPU}, {str: str} of the header).
 
     The tensors are mapped: what is not used is not read, and what is written into them does not
-    reach the file. Raises UserError if the file is missing, damaged or of another format.
+    reach the file. Raises UserError if the file is missing, damaged or of another format, and
+    PermissionError.
     """
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
+        # The library says of a file that may not be read that it is not there.
+        with open(path, "rb"), safetensors.safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             return tensors, file.metadata() or {}
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
+    except PermissionError:
+        raise
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged, cut short or no safetensors file ({error}); "
                         "use another, download or make it again") from error

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from ..cameras import orbit
 from ..data.transforms import write_transforms
 from ..tools import cli
-from ..tools.device import choose_device
+from ..tools.device import check_seed, choose_device
 from ..tools.errors import UserError
 from ..tools.files import write_atomic
 from ..tools.pictures import save_views
@@ -42,6 +42,10 @@ from .words import COLOURS, NATURAL, Thing, captions, pairs
 
 # Views per set, evenly spaced around the object.
 RENDERED_VIEWS = 32
+# Proportions with a smaller seed are left for judging (metrics/candidates.py).
+FIRST_SEED = 1_000_000
+# PyTorch's generator takes the last 32 bits of a seed: larger ones would be smaller ones again.
+LAST_SEED = 2**32 - 1
 
 
 class Item(NamedTuple):
@@ -80,8 +84,9 @@ def plan(kind, count, seed):
 
     Each lap goes through all pairs in a new order, and each pair has its next colour in it, so
     that all are equally frequent. Every second image shows an "image" pair (words.split); the other
-    images and all sets show "3d" pairs.
+    images and all sets show "3d" pairs. Raises UserError for a seed that is none.
     """
+    seed = check_seed(seed)
     tables = [pairs("3d")]
     if kind == "image":
         tables.append(pairs("image"))
@@ -108,12 +113,12 @@ def plan_item(kind, i, seed, pair, colour):
 
     A fifth of the captions leave the colour out; half of those things then have their natural
     colour. Cameras of images look at the front: 85% have an azimuth from N(0, 25^2), in degrees,
-    without its rarest values. Seeds of proportions are a million or more; smaller ones are left
-    for judging.
+    without its rarest values.
     """
-    item_seed = (seed + 1) * 1_000_000 + i
+    number = seed * 1_000_000 + i
     if kind == "image":
-        item_seed += 500_000
+        number += 500_000
+    item_seed = FIRST_SEED + number % (LAST_SEED + 1 - FIRST_SEED)
     # The first DRAWS numbers of this seed are the proportions (shapes.dice).
     generator = torch.Generator().manual_seed(item_seed)
     u = torch.rand(2 * DRAWS, generator=generator)[DRAWS:].tolist()
@@ -236,14 +241,15 @@ def prepare_folder(out, settings, items):
     """
     file = out / "settings.json"
     content = json.dumps(settings).encode()
+    pictures = [*out.glob("sets/[!.]*"), *out.glob("images/[!.]*.png")]
     if (out / "index.jsonl").exists():
         raise UserError(
             f"{out} was made by an older version of mvd (index.jsonl): choose another --out")
-    if file.exists() and file.read_bytes() != content:
+    if pictures and file.exists() and file.read_bytes() != content:
         raise UserError(
             f"{out} holds pictures of another size or seed than {settings}: choose another --out")
     planned = {out / item.path for item in items}
-    for path in [*out.glob("sets/[!.]*"), *out.glob("images/[!.]*.png")]:
+    for path in pictures:
         if path not in planned and path.name != "captions.json":
             raise UserError(
                 f"{path} is none of so many --objects and --images: "
@@ -254,8 +260,7 @@ def prepare_folder(out, settings, items):
     except OSError as error:
         raise UserError(
             f"cannot write to {out}: {error.strerror}; choose another --out") from error
-    if not file.exists():
-        write_atomic(file, content)
+    write_atomic(file, content)
     for leftover in [*out.glob("sets/.*.tmp"), *out.glob("images/.*.tmp")]:
         if leftover.is_dir():
             shutil.rmtree(leftover)
@@ -305,18 +310,19 @@ def start_worker():
     Thread(target=end_with_command, daemon=True).start()
 
 
-def main():
+def main(argv=None):
     """The command: render a data folder. Raises UserError."""
+    count = cli.converter(int, {"min": 0})
     parser = cli.Parser(
         prog="python -m mvd.toyworld", description="Render a data set of the toy world.")
     add = parser.add_argument
     add("--out", required=True, help="folder to write to; what is there already is kept")
-    add("--objects", type=int, default=500, help="things seen from 32 sides")
-    add("--images", type=int, help="single pictures (default: five times as many as objects)")
-    add("--size", type=int, default=128, help="pixels along a side")
-    add("--seed", type=int, default=0, help="another seed, other things")
+    add("--objects", type=count, default=500, help="things seen from 32 sides")
+    add("--images", type=count, help="single pictures (default: five times as many as objects)")
+    add("--size", type=cli.converter(int, {"min": 1}), default=128, help="pixels along a side")
+    add("--seed", type=count, default=0, help="another seed, other things")
     add("--device", default="auto", help="cuda, cpu, or auto: the best there is")
-    flags = parser.parse_args()
+    flags = parser.parse_args(argv)
     images = 5 * flags.objects if flags.images is None else flags.images
     write(
         flags.out, objects=flags.objects, images=images, size=flags.size, seed=flags.seed,
