@@ -334,8 +334,9 @@ def main(argv=None):
     prompts = [known_part(text, model.config.text) for text in (s.prompt, s.negative)]
     default = f"runs/{run.slug(s.prompt)}{'-2d' if s.mode == '2d' else ''}"
     out = run.open_run(s.out, asdict(s), s.resume, default, MAY_CHANGE)
-    state = run.last_checkpoint(out) if s.resume else None
-    distillation, done, code = distill(s, prompts, model, out, state)
+    with run.starting(out):
+        state = run.last_checkpoint(out) if s.resume else None
+        distillation, done, code = distill(s, prompts, model, out, state)
     if done < s.steps:
         print(
             f"interrupted after {done} of {s.steps} steps; {run.GO_ON}; "

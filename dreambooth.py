@@ -100,7 +100,7 @@ class DreamBoothSettings:
     )
     save_every: int = setting(200, "steps between checkpoints", min=1)
     device: str = setting("auto", "cuda, mps or cpu; auto takes the best")
-    seed: int = setting(0, "of everything random", min=0, max=2**63 - 2)
+    seed: int = setting(0, "of everything random", min=0)
     resume: bool = setting(False, "go on from the checkpoint in --out")
 
 
@@ -448,6 +448,34 @@ def read_state(s, out):
     return state
 
 
+def learn(s, model, rgba, prompts, plain, out):
+    """Teach the model its subject, from the checkpoint on if there is one. Raises UserError.
+
+    rgba: the photos, uint8 [N, 4, H, W]. prompts, plain: as `name_photos` gives them.
+    """
+    state = read_state(s, out)
+    cli.print_changes(s, *presets.settings_for("dreambooth", model.config))
+    on_grey = data.on_grey(rgba, torch.full((len(rgba),), 0.8))
+    save_png(out / "photos.png", grid(on_grey / 2 + 0.5, 5))
+
+    torch.manual_seed(s.seed)
+    tune_cuda(tf32=True)
+    if s.flips:
+        rgba = torch.cat([rgba, rgba.flip(-1)])
+    subject = Subject(
+        posteriors=on_greys(model.vae, rgba.to(model.device)),
+        tokens=model.text.tokenize(prompts).to(model.device),
+        contexts=model.embed(prompts),
+        plain=model.embed(plain),
+    )
+
+    def show(step):
+        show_samples(model, s, out, (prompts[0], plain[0]), step)
+
+    set_aside(model, s, "cpu")
+    finetune(model, subject, s, out, state, show=show)
+
+
 def main(argv=None):
     """The command: photos -> `--out` with the model.
 
@@ -463,27 +491,8 @@ def main(argv=None):
     names, rgba = photos.load(s.photos, model.config.size)  # uint8 [N, 4, H, W]
     config = {**asdict(s), "files": names}
     out = run.open_run(s.out, config, s.resume, may_change=("sample_every", "save_every"))
-    state = read_state(s, out)
-    cli.print_changes(s, *presets.settings_for("dreambooth", model.config))
-    on_grey = data.on_grey(rgba, torch.full((len(rgba),), 0.8))
-    save_png(out / "photos.png", grid(on_grey / 2 + 0.5, 5))
-
-    torch.manual_seed(s.seed)
-    tune_cuda(tf32=True)
-    if s.flips:
-        rgba = torch.cat([rgba, rgba.flip(-1)])
-    subject = Subject(
-        posteriors=on_greys(model.vae, rgba.to(device)),
-        tokens=model.text.tokenize(prompts).to(device),
-        contexts=model.embed(prompts),
-        plain=model.embed(plain),
-    )
-
-    def show(step):
-        show_samples(model, s, out, (prompts[0], plain[0]), step)
-
-    set_aside(model, s, "cpu")
-    finetune(model, subject, s, out, state, show=show)
+    with run.starting(out):
+        learn(s, model, rgba, prompts, plain, out)
     show_page(s, out, s.steps)
     model.save(out / "model.safetensors", torch.float16)
     print(f'{out / "model.safetensors"}: python sample.py --model {out} "{s.prompt}"')

@@ -37,7 +37,9 @@ class SampleSettings:
     """The flags. Size, guidance and negative prompt are the model's unless they are given."""
     prompt: str = setting(help="what to draw, in quotes", positional=True)
     model: str = setting("tiny", "tiny, mvdream-sd21, sd21, or the path of a checkpoint")
-    out: str | None = setting(None, "PNG file to write (default: samples/<prompt>.png)")
+    out: str | None = setting(
+        None, "PNG file, or a folder for <prompt>.png, <prompt>-2.png, ... (default: samples)"
+    )
     transforms: str | None = setting(None, "folder for the single views and transforms.json")
     mode: str = setting(
         "3d", "3d: views of one thing; 2d: independent pictures", choices=("3d", "2d")
@@ -54,7 +56,7 @@ class SampleSettings:
     steps: int = setting(50, "denoising steps", min=1, max=1000)
     sampler: str = setting("ddim", "sampler", choices=("ddim", "ddpm"))
     eta: float = setting(0.0, "noise that DDIM adds back", min=0, max=1)
-    seed: int = setting(0, "of the noise", min=0, max=2**63 - 1)
+    seed: int = setting(0, "of the noise", min=0)
     device: str = setting("auto", "cuda, mps or cpu; auto takes the best")
     dtype: str = setting(
         "auto",
@@ -74,12 +76,27 @@ def model_settings(flags):
     return settings_of(flags.model, read_config(flags.model))
 
 
-# ---- for other 3D tools ----------------------------------------------------------------------
+# ---- where the pictures go -------------------------------------------------------------------
+
+def picture_file(s):
+    """The file that --out asks for; in a folder it has a name that may be taken. A Path.
+
+    Raises UserError if it is there already, or no name of a PNG file.
+    """
+    out = Path(s.out or "samples")
+    if out.is_dir() or not out.suffix:
+        return out / f"{run.slug(s.prompt)}.png"
+    if out.suffix.lower() != ".png":
+        raise UserError(f"{out} is no PNG file: choose a name that ends in .png, or a folder")
+    if out.exists():
+        raise UserError(f"{out} exists already: choose another name for --out")
+    return out
+
 
 def view_folders(s):
     """The folders that --transforms asks for: one per sample, below it if they are several.
 
-    Raises UserError if there are no cameras to write, or others are there already.
+    Raises UserError if there are no cameras to write, or others or pictures are there already.
     """
     if s.transforms is None:
         return []
@@ -89,10 +106,11 @@ def view_folders(s):
     if s.batch > 1:
         folders = [folders[0] / f"{i:03d}" for i in range(s.batch)]
     for folder in [Path(s.transforms), *folders]:
-        if (folder / "transforms.json").exists():
-            raise UserError(
-                f"{folder} holds a transforms.json already: choose another folder for --transforms"
-            )
+        for name in ("transforms.json", "000.png"):
+            if (folder / name).exists():
+                raise UserError(
+                    f"{folder} holds a {name} already: choose another folder for --transforms"
+                )
     return folders
 
 
@@ -115,15 +133,13 @@ def main(argv=None):
             'the prompt is empty: say what to draw, for example "a bulldog wearing a crown"'
         )
     folders = view_folders(s)
+    out = picture_file(s)
     device = choose_device(s.device)
     model = MVDream.load(s.model, device, choose_dtype(s.dtype, device))
     # Before anything is made: raises if the model knows no word of one, whatever the suffix is.
     prompt = known_part(s.prompt, model.config.text)
     negative = known_part(s.negative, model.config.text)
     model.check_size(s.size)
-    out = s.out or f"samples/{run.slug(s.prompt)}.png"
-    if Path(out).is_dir():
-        raise UserError(f"cannot write {out}: it is a folder; choose another name")
     for file in [*(folder / "transforms.json" for folder in folders), out]:
         run.make_folder(file)
     cli.print_changes(s, *settings_of(s.model, model.config))
@@ -150,9 +166,11 @@ def main(argv=None):
     missing = -s.views % columns
     blank = images.new_ones(s.batch, missing, *images.shape[2:])
     rows = torch.cat([images, blank], 1).flatten(0, 1)
-    save_png(out, grid(rows.cpu(), columns))
     for folder, views in zip(folders, images):
         write_views(folder, views, s)
+    # Not before: what draws the same prompt at the same time may have taken the name.
+    out = run.free_file(out)
+    save_png(out, grid(rows.cpu(), columns))
     if folders:
         print(f"{s.transforms}: the same, one by one, and their cameras")
     print(f"{out}: {s.batch * s.views} views in {time.time() - start:.1f} s")

@@ -137,7 +137,7 @@ class TrainSettings:
     )
     save_every: int = setting(2500, "steps between checkpoints", min=1)
     device: str = setting("auto", "cuda, mps or cpu; auto takes the best")
-    seed: int = setting(0, "of everything random", min=0, max=2**63 - 2)
+    seed: int = setting(0, "of everything random", min=0)
     resume: bool = setting(False, "go on from the checkpoint in --out")
 
 
@@ -529,7 +529,8 @@ class Training:
                 scale = 1 / self.feed.deviation()
                 config.vae.scale_factor = parallel.first(lambda: scale)
         except KeyboardInterrupt:
-            print(f"interrupted while the pictures were encoded; {run.GO_ON}")
+            if (self.out / run.CHECKPOINT).exists():
+                print(f"interrupted while the pictures were encoded; {run.GO_ON}")
             raise
         self.held = None  # from here on only latents are needed
 
@@ -723,25 +724,12 @@ def prepare(s, device, sources, in_memory):
     return training
 
 
-def main(argv=None):
-    """The command: data -> `--out` with the model.
+def both_phases(s, training, usual):
+    """Both phases, from the checkpoint on if there is one. Raises UserError.
 
-    argv: the flags; None: the command line's. Raises UserError; KeyboardInterrupt after Ctrl-C.
+    training: Training, whose folder is made. usual: what `settings_of` says.
     """
-    s = cli.parse(TrainSettings, argv, __doc__, default_settings)
-    s.resume = s.resume or (parallel.restarted() and run.holds_run(s.out))
-    device = parallel.start(s.device)
-    tune_cuda(tf32=True)
-    parallel.together(lambda: check_settings(s))
-    sources = parallel.together(lambda: find_data(s))
-    first = parallel.together(lambda: first_config(s))
-    usual = settings_of(s, first)
-    in_memory = hold_all(s, sources[2], first, device)
-    training = parallel.together(lambda: prepare(s, device, sources, in_memory))
-    model = training.model
-    config = {**asdict(s), **resumable(s, training)}
-    out = parallel.first(lambda: run.open_run(s.out, config, s.resume, may_change=MAY_CHANGE))
-    training.out = out
+    out, model = training.out, training.model
     state = parallel.together(lambda: read_state(s, out))
     phase = state["phase"]
     step = state["step"]
@@ -757,6 +745,31 @@ def main(argv=None):
     model.vae.requires_grad_(False)
     if s.steps:
         training.train_unet(state if phase == "unet" else None)
+
+
+def main(argv=None):
+    """The command: data -> `--out` with the model.
+
+    argv: the flags; None: the command line's. Raises UserError; KeyboardInterrupt after Ctrl-C.
+    """
+    s = cli.parse(TrainSettings, argv, __doc__, default_settings)
+    device = parallel.start(s.device)
+    held = run.holds_run(s.out)
+    foreign = parallel.in_first_life("there was a run in --out", held)
+    s.resume = s.resume or (parallel.restarted() and held and not foreign)
+    tune_cuda(tf32=True)
+    parallel.together(lambda: check_settings(s))
+    sources = parallel.together(lambda: find_data(s))
+    first = parallel.together(lambda: first_config(s))
+    usual = settings_of(s, first)
+    in_memory = hold_all(s, sources[2], first, device)
+    training = parallel.together(lambda: prepare(s, device, sources, in_memory))
+    model = training.model
+    config = {**asdict(s), **resumable(s, training)}
+    out = parallel.first(lambda: run.open_run(s.out, config, s.resume, may_change=MAY_CHANGE))
+    training.out = out
+    with run.starting(out):
+        both_phases(s, training, usual)
     training.finish()
     if parallel.is_first():
         training.show_page(s.vae_steps + s.steps)

@@ -166,6 +166,17 @@ def assert_same_run(a, b):
     assert differ == [], "files differ"
 
 
+def test_a_start_that_fails_is_not_in_the_way_of_the_next(start, tmp_path, monkeypatch):
+    def fails(*_):
+        raise torch.cuda.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sds.Distillation, "step", fails)
+        assert start("run") == 2
+    assert not (tmp_path / "run").exists()
+    assert start("run", "--steps", "1") == 0
+
+
 # ---- a whole run -----------------------------------------------------------------------------
 
 RESULTS = {

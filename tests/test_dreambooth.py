@@ -93,6 +93,18 @@ def subject_of(model, posteriors, names, plain):
     )
 
 
+def test_a_start_that_fails_is_not_in_the_way_of_the_next(start, tmp_path, monkeypatch):
+    def fails(*_):
+        raise torch.cuda.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dreambooth, "on_greys", fails)
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            start("run")
+    assert not run.holds_run(tmp_path / "run")
+    start("run", "--batch", "1")
+
+
 # ---- the losses ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("block", [1, 32])

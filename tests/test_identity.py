@@ -149,6 +149,8 @@ def test_the_photos_that_it_writes_can_be_read(tmp_path, monkeypatch, capsys):
     assert len(different) == 5
     with Image.open(folder / names[0]) as picture:
         assert picture.mode == "RGBA"
+    with pytest.raises(UserError, match="holds pictures already"):
+        identity.main(["duck", "2", "--photos", str(folder)])
     monkeypatch.setattr("sys.argv", ["identity", "duck", "1"])
     with pytest.raises(UserError, match="--photos"):
         identity.main()

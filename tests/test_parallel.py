@@ -365,6 +365,18 @@ def test_a_second_ctrl_c_interrupts_at_once(script):
 
 # ---- torchrun --------------------------------------------------------------------------------
 
+def test_what_was_so_before_a_restart(monkeypatch):
+    """torchrun's store tells the later lives of a process what the first one found."""
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+    assert [parallel.in_first_life("a", value) for value in (True, False)] == [True, False]
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(parallel, "_store", lambda: (store, 0, 1))
+    for life in "012":
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", life)
+        assert parallel.in_first_life("a", life == "0"), f"forgotten in life {life}"
+        assert not parallel.in_first_life("b", life != "0"), f"made up in life {life}"
+
+
 # Sums random numbers, each a function of the step and the rank. In its first life the second
 # process dies at step 12; "endless" goes on until a signal comes.
 TRAINING = """

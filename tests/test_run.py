@@ -113,13 +113,13 @@ def test_resume_finds_the_latest_run_with_these_settings(tmp_path):
         run.open_run(None, {"seed": 3}, True, default)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "\x00\xff"])
+@pytest.mark.parametrize("text", [b"", b"{", b"[1]", b"\x00\xff"])
 def test_resume_with_a_damaged_config(text, tmp_path):
     path = tmp_path / "config.json"
-    path.write_text(text)
+    path.write_bytes(text)
     with pytest.raises(UserError, match="config.json"):
         run.open_run(str(tmp_path), {"a": 1}, True)
-    assert path.read_text() == text
+    assert path.read_bytes() == text
 
 
 def test_folder_that_cannot_be_made(tmp_path):
@@ -145,6 +145,79 @@ def test_make_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot make"):
         run.make_folder(tmp_path / "file" / "picture.png")
+
+
+
+def test_a_read_only_folder_is_found_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(run.os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match=f"cannot write to the folder {tmp_path}"):
+        run.make_folder(tmp_path / "picture.png")
+
+
+def test_free_file(tmp_path):
+    """Never a file that is there; each call makes one, so two processes never get the same."""
+    names = []
+    (tmp_path / "a.v1-2.png").symlink_to(tmp_path / "nowhere")
+    for _ in range(3):
+        file = run.free_file(tmp_path / "a.v1.png")
+        names.append(file.name)
+        assert file.read_bytes() == b""
+    assert names == ["a.v1.png", "a.v1-3.png", "a.v1-4.png"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write .*file/b.png"):
+        run.free_file(tmp_path / "file" / "b.png")
+
+
+FAILURES = [
+    UserError("no"), OSError(errno.ENOSPC, "full"), RuntimeError("a bug"), SystemExit(2),
+    KeyboardInterrupt(), cli.Terminated(), torch.cuda.OutOfMemoryError(),
+]
+
+
+def fails_at_the_start(folder, error, resume=False, work=lambda: None):
+    out = run.open_run(str(folder), {"steps": 5}, resume)
+    with pytest.raises(type(error)):
+        with run.starting(out):
+            work()
+            raise error
+
+
+@pytest.mark.parametrize("error", FAILURES)
+def test_a_failed_start_leaves_no_run(error, tmp_path):
+    folder = tmp_path / "new" / "run"
+    fails_at_the_start(folder, error)
+    assert not folder.exists(), "something is left"
+    (folder / "progress").mkdir(parents=True)
+    (folder / "mine.txt").write_text("mine")
+    fails_at_the_start(folder, error, work=lambda: run.log(folder / "log.jsonl", left_out="x"))
+    assert (folder / "mine.txt").exists() and not run.holds_run(folder)
+    run.open_run(str(folder), {"steps": 6}, False)
+
+
+@pytest.mark.parametrize("error", FAILURES)
+def test_a_run_that_has_done_something_stays(error, tmp_path):
+    def works():
+        run.log(tmp_path / "a" / "log.jsonl", step=1)
+
+    fails_at_the_start(tmp_path / "a", error, work=works)
+    fails_at_the_start(tmp_path / "a", error, resume=True)
+    with pytest.raises(UserError, match="already holds a run"):
+        run.open_run(str(tmp_path / "a"), {}, False)
+
+    def saves():
+        run.save_checkpoint(tmp_path / "b" / run.CHECKPOINT, {"step": 1})
+
+    fails_at_the_start(tmp_path / "b", error, work=saves)
+    fails_at_the_start(tmp_path / "b", error, resume=True)
+    assert run.last_checkpoint(tmp_path / "b") == {"step": 1}
+    with pytest.raises(UserError, match="already holds a run"):
+        run.open_run(str(tmp_path / "b"), {}, False)
+
+
+def test_only_the_first_process_tidies_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(run.parallel, "is_first", lambda: False)
+    fails_at_the_start(tmp_path, SystemExit(2))
+    assert (tmp_path / "config.json").exists()
 
 # ---- the log ---------------------------------------------------------------------------------
 

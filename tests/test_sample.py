@@ -1,10 +1,12 @@
 """sample.py: the picture it writes, what changes it and what does not, bad input in one line."""
 
+import io
 import json
 import math
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import huggingface_hub
@@ -65,8 +67,10 @@ def test_it_writes_what_the_model_draws(start, model_file, capsys):
 
 def test_the_same_seed_gives_the_same_bytes(start):
     def draw(*flags):
-        assert start("--out", "deep/er/x.png", *flags) == 0  # drawn over the last one
-        return Path("deep/er/x.png").read_bytes()
+        assert start("--out", "deep/er/x.png", *flags) == 0
+        drawn = Path("deep/er/x.png").read_bytes()
+        Path("deep/er/x.png").unlink()
+        return drawn
 
     first = draw()
     assert draw() == first and draw("--seed", "0") == first
@@ -87,6 +91,65 @@ def test_the_same_seed_gives_the_same_bytes(start):
         )
     ]
     assert len({first, *others}) == 1 + len(others)
+
+
+def test_nothing_is_drawn_over(start, tmp_path):
+    """Another seed, a prompt of other letters only, or with the same first 60: other files."""
+    long = "a red bulldog " + "and a red bulldog " * 9
+    for prompt, flags in (
+        ("a red bulldog", []),
+        ("a red bulldog", ["--seed", "1"]),
+        ("A red bulldog!", ["--mode", "2d"]),
+        ("a red bulldog 狗", []),
+        (long + "asset", []),
+        (long + "3d", []),
+    ):
+        before = {path: path.read_bytes() for path in Path("samples").glob("*")}
+        assert start("--steps", "1", *flags, prompt=prompt) == 0
+        after = {path: path.read_bytes() for path in Path("samples").glob("*")}
+        assert len(after) == len(before) + 1 and before.items() <= after.items()
+    names = {path.name for path in after}
+    assert names >= {f"a-red-bulldog{number}.png" for number in ("", "-2", "-3", "-4")}
+
+
+@pytest.mark.parametrize("out", ["there", "new", "new/er", "there/"])
+def test_out_may_be_a_folder(start, out, capsys):
+    Path("there").mkdir()
+    for name in ("a-red-bulldog.png", "a-red-bulldog-2.png"):
+        assert start("--steps", "1", "--out", out) == 0
+        assert f"{Path(out, name)}: 4 views" in capsys.readouterr().out
+        assert read_png(Path(out, name)).shape == (3, 64, 4 * 66 - 2)
+
+
+def test_a_name_that_is_taken_meanwhile_is_not_drawn_over(start, monkeypatch):
+    """As by another process that draws the same prompt."""
+    sample_views = MVDream.sample
+
+    def slowly(*given, **settings):
+        Path("x.png").write_text("another's")
+        return sample_views(*given, **settings)
+
+    monkeypatch.setattr(MVDream, "sample", slowly)
+    assert start("--steps", "1", "--out", "x.png") == 0
+    assert Path("x.png").read_text() == "another's" and read_png("x-2.png").shape[0] == 3
+
+
+def test_called_by_another_program(model_file, tmp_path, monkeypatch):
+    """In another thread, more than once, with another stdout, relative to where it is."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    flags = ["--model", str(model_file), "--device", "cpu", "--steps", "1"]
+
+    def program():
+        for _ in range(2):
+            sample.main(["a red bulldog", *flags])
+
+    thread = threading.Thread(target=program)
+    thread.start()
+    thread.join()
+    assert {path.name for path in Path("samples").iterdir()} == {
+        "a-red-bulldog.png", "a-red-bulldog-2.png"}
+    assert sys.stdout.getvalue().count("4 views in") == 2
 
 
 @pytest.mark.parametrize("views, width, height", [(1, 1, 1), (3, 3, 1), (9, 8, 2)])
@@ -211,7 +274,12 @@ def test_the_released_model_by_its_name(monkeypatch, tmp_path):
         (["--batch", "0"], "a bulldog", "--batch"),
         (["--device", "cuda"], "a bulldog", "no device 'cuda'"),
         (["--out", "damaged/x.png"], "a bulldog", "cannot make the folder damaged"),
-        (["--out", "folder"], "a bulldog", "folder"),
+        (["--out", "damaged/x"], "a bulldog", "cannot make the folder damaged/x"),
+        (["--out", "damaged"], "a bulldog", "cannot make the folder damaged"),
+        (["--out", "folder/x.png"], "a bulldog", "folder/x.png exists already"),
+        (["--out", "x.jpg"], "a bulldog", "x.jpg is no PNG file"),
+        (["--out", "x.png.webp"], "a bulldog", "x.png.webp is no PNG file"),
+        (["--transforms", "folder"], "a bulldog", "folder holds a 000.png already"),
         (["--transforms", "damaged/x"], "a bulldog", "cannot make the folder damaged/x"),
         (["--transforms", "views/000"], "a bulldog", "holds a transforms.json already"),
         (["--transforms", "views/000", "--batch", "2"], "a bulldog", "views/000 holds a"),
@@ -227,10 +295,11 @@ def test_bad_input_is_one_line_and_changes_nothing(
     write_safetensors("other", {"weight": torch.zeros(2)})
     Path("folder").mkdir()
     Path("folder/x.png").write_text("mine")
+    Path("folder/000.png").write_text("mine")
     Path("views/000").mkdir(parents=True)
     Path("views/000/transforms.json").write_text("mine")
     before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
-    assert start("--out", "folder/x.png", *flags, prompt=prompt) == 2
+    assert start("--out", "folder/new.png", *flags, prompt=prompt) == 2
     out, err = capsys.readouterr()
     errors = [
         line for line in err.replace("\r", "\n").splitlines() if line and "%|" not in line

@@ -13,7 +13,7 @@ import toy_data
 import train
 from mvd import MVDream, data, diffusion, fit
 from mvd.model import PRESETS
-from mvd.tools import cli, run
+from mvd.tools import cli, parallel, run
 from mvd.tools.errors import UserError
 from mvd.tools.vocabulary import IDENTIFIERS
 from scripts import Killed, killed_after, saved_model, status
@@ -155,6 +155,49 @@ def test_objects_without_a_set_near_enough(start, tmp_path, capsys):
     assert "no object has 5 views within 10 degrees" in error and "--bound" in error
     assert not (tmp_path / "run").exists()
     start("run", "--views", "5", "--bound", "20")
+
+
+# ---- failed starts ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("phase, error", [
+    ("vae_loss", KeyboardInterrupt()), ("unet_loss", torch.cuda.OutOfMemoryError())])
+def test_a_start_that_fails_is_not_in_the_way_of_the_next(
+    start, first, tmp_path, monkeypatch, phase, error
+):
+    def fails(*_):
+        raise error
+
+    flags = ["--init", str(first), "--vae-steps", "2" if phase == "vae_loss" else "0"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Training, phase, fails)
+        with pytest.raises(type(error)):
+            start("run", *flags)
+    assert not (tmp_path / "run").exists()
+    start("run", *flags, "--steps", "1")
+
+
+def test_torchruns_restart_goes_on_with_no_run_but_its_own(start, tmp_path, monkeypatch):
+    store = torch.distributed.HashStore()
+
+    def begin(life):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", life)
+        monkeypatch.setattr(parallel, "_store", lambda: (store, 0, 1))
+        return start("run")
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    for life in "01":
+        with pytest.raises(UserError, match="already holds a run"):
+            begin(life)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+
+    shutil.rmtree(tmp_path / "run")
+    store = torch.distributed.HashStore()
+    with killed_after(monkeypatch, lambda row: row["step"] == 3):
+        begin("0")
+    begin("1")
+    steps = [row["step"] for row in run.read_log(tmp_path / "run" / "log.jsonl") if "lr" in row]
+    assert steps == list(range(1, 11)), "it did not go on"
 
 
 # ---- starting from a model -------------------------------------------------------------------

@@ -19,7 +19,7 @@ import torch
 from .. import toyworld
 from ..cameras import VIEWS, orbit
 from ..model import MVDream
-from ..tools import cli
+from ..tools import cli, run
 from ..tools.device import choose_device, choose_dtype
 from ..tools.errors import UserError
 from ..tools.pictures import grid, save_png
@@ -248,7 +248,9 @@ def report_line(label, views, subject, cameras):
 
 def write_photos(folder, subject):
     """Write the photos of a subject as 0.png, 1.png, ..., with alpha."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    if any(Path(folder).glob("*.png")):
+        raise UserError(f"{folder} holds pictures already: choose another folder for --photos")
+    run.make_folder(Path(folder) / "0.png")
     for i, rgba in enumerate(render_photos(subject)):
         pixels = (rgba * 255).round().byte().permute(1, 2, 0)
         toyworld.save(Path(folder) / f"{i}.png", pixels)
@@ -277,15 +279,15 @@ def judge_model(folder, subject, samples, device):
     for prompt, accessory in prompts:
         views = sample_two_sets(model, prompt, samples)
         sheet = grid(views.flatten(0, 1).cpu(), len(TWO_SETS.azimuth))
-        save_png(Path(folder) / f"{prompt.replace(' ', '-')}.png", sheet)
+        save_png(run.free_file(Path(folder) / f"{prompt.replace(' ', '-')}.png"), sheet)
         asked = subject._replace(accessory=accessory)
         print(report_line(f'"{prompt}"', views, asked, TWO_SETS))
 
 
-def main():
+def main(argv=None):
     """The command: write photos of a subject, judge samples or an object. Raises UserError."""
     parser = cli.Parser(
-        prog="python -m mvd.metrics.identity", description=__doc__.split("\n")[0])
+        prog="python -m mvd.metrics.identity", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("subject", choices=tuple(SUBJECTS), metavar="class",
         help="what the subject is, such as bulldog")
@@ -294,9 +296,10 @@ def main():
     add("--photos", help="folder to write the five photos to")
     add("--model", help="folder of dreambooth.py: sample the subject and judge the pictures")
     add("--run", help="folder of distill.py: judge the object")
-    add("--samples", type=int, default=4, help="with --model: samples of each prompt")
+    add("--samples", type=cli.converter(int, {"min": 1}), default=4,
+        help="with --model: samples of each prompt")
     add("--device", default="auto", help="cuda, mps or cpu; auto takes the best")
-    flags = parser.parse_args()
+    flags = parser.parse_args(argv)
     subject = Subject(flags.subject, flags.instance)
     device = choose_device(flags.device)
     if not (flags.photos or flags.model or flags.run):

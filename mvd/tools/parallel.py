@@ -13,6 +13,7 @@ one process needs, which is mostly nothing.
 """
 import contextlib
 import datetime
+import functools
 import os
 import sys
 
@@ -49,6 +50,30 @@ def restarted():
     return _restarts() > 0
 
 
+def in_first_life(name, value):
+    """The bool that the first process gave under this name before torchrun ever restarted it.
+
+    Without a restart it is `value`.
+    """
+    if "TORCHELASTIC_RESTART_COUNT" not in os.environ:
+        return value
+    store, _, _ = _store()
+    if restarted():
+        return store.check([name])
+    if is_first() and value:
+        store.set(name, "")
+    return value
+
+
+@functools.cache
+def _store():
+    """(What all processes of this run can write to, this one's number, their count).
+
+    torchrun keeps it when it restarts the processes.
+    """
+    return next(rendezvous("env://", timeout=PATIENCE))
+
+
 def _restarts():
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
@@ -66,9 +91,8 @@ def start(device_name):
     nccl = torch.cuda.is_available() and dist.is_nccl_available()
     backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
     try:
-        store, number, count = next(rendezvous("env://", timeout=PATIENCE))
-        # torchrun keeps its store when it restarts the processes: the addresses of the dead ones
-        # are still in it.
+        store, number, count = _store()
+        # The addresses of dead processes may still be in it.
         store = dist.PrefixStore(f"life {_restarts()}", store)
         dist.init_process_group(
             backend, store=store, rank=number, world_size=count, timeout=PATIENCE)

@@ -6,6 +6,7 @@
 Every file is written as a whole (`files.py`), so a run can be resumed wherever it was killed.
 Should the disk damage the last checkpoint, there is the one before.
 """
+import contextlib
 import itertools
 import json
 import math
@@ -14,10 +15,12 @@ import re
 import unicodedata
 import warnings
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from . import parallel
 from .errors import UserError
 from .files import write_atomic
 
@@ -30,8 +33,13 @@ OLD_CHECKPOINT = "checkpoint.safetensors"
 # What to do, in the words of several errors and of an interrupted run.
 ANEW = "start anew without --resume, with another --out"
 GO_ON = "go on with the same command and --resume"
+# What a run ends with.
+RESULTS = (
+    "index.html", "model.safetensors", "views.png", "views4.png", "depth.png", "normals.png",
+    "turntable.webp", "views.safetensors", "field.safetensors", "mesh.glb", "mesh.obj",
+)
 # A folder that holds one of these files holds a run.
-RUN_FILES = ("config.json", "log.jsonl", *CHECKPOINTS, OLD_CHECKPOINT)
+RUN_FILES = ("config.json", "log.jsonl", *CHECKPOINTS, OLD_CHECKPOINT, *RESULTS)
 
 # ---- the folder ------------------------------------------------------------------------------
 
@@ -45,12 +53,26 @@ def slug(text):
 
 
 def make_folder(path):
-    """Make the folder that will hold the file `path`. Raises UserError."""
+    """Make the folder that will hold the file `path`. Raises UserError, also if it is read-only."""
     folder = Path(path).parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _cannot_make(folder, error) from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write to the folder {folder}; choose another place")
+
+
+def free_file(path):
+    """Make an empty file `path`, or else name-2, name-3, ...: the first that is free, a Path.
+
+    So nothing is overwritten, whatever runs at the same time. Raises UserError.
+    """
+    path = Path(path)
+    try:
+        return _first_free(path.with_suffix(""), path.suffix, partial(Path.touch, exist_ok=False))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another name") from error
 
 
 def holds_run(folder):
@@ -82,6 +104,32 @@ def open_run(out, config, resume, default="runs/untitled", may_change=()):
     return folder
 
 
+@contextlib.contextmanager
+def starting(out):
+    """If this context fails before a step is logged or saved, the folder holds no run any more.
+
+    So the same command, with what was wrong mended, finds no run in its way. out: a new folder of
+    `open_run`. What a kill leaves stays: --resume starts anew there.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, SystemExit):
+        if parallel.is_first() and not _has_steps(out):
+            for name in ("config.json", "log.jsonl"):
+                (out / name).unlink(missing_ok=True)
+            # A folder that holds something else stays.
+            with contextlib.suppress(OSError):
+                (out / "progress").rmdir()
+                out.rmdir()
+        raise
+
+
+def _has_steps(out):
+    """Whether a step is logged or saved in the folder of a run."""
+    saved = any((out / name).exists() for name in CHECKPOINTS)
+    return saved or any("step" in row for row in read_log(out / "log.jsonl"))
+
+
 def _new_folder(out, default):
     """Make the folder `out`, or else the first of the numbered folders that is free."""
     try:
@@ -97,19 +145,19 @@ def _new_folder(out, default):
     return folder
 
 
-def _numbered(default):
-    """Yield default, default-2, default-3, ... without end."""
-    yield Path(default)
+def _numbered(default, suffix=""):
+    """Yield default, default-2, default-3, ... without end, with the suffix."""
+    yield Path(f"{default}{suffix}")
     for number in itertools.count(2):
-        yield Path(f"{default}-{number}")
+        yield Path(f"{default}-{number}{suffix}")
 
 
-def _first_free(default):
+def _first_free(default, suffix="", make=Path.mkdir):
     Path(default).parent.mkdir(parents=True, exist_ok=True)
-    for folder in _numbered(default):
+    for path in _numbered(default, suffix):
         try:
-            folder.mkdir()
-            return folder
+            make(path)
+            return path
         except FileExistsError:
             # Taken, perhaps by another process a moment ago: try the next name.
             continue
