@@ -18,8 +18,6 @@ for name in list(os.environ):
         "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
     ):
         del os.environ[name]
-sys.warnoptions.clear()
-warnings.resetwarnings()
 # In the background of a shell Ctrl-C is ignored, also by what is started there.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Threads that wait leave the cores to others. OpenMP reads this once, when torch is imported.
@@ -34,6 +32,10 @@ torch.set_num_threads(1)
 
 
 def pytest_configure(config):
+    if sys.warnoptions:  # of PYTHONWARNINGS
+        sys.warnoptions.clear()
+        warnings.resetwarnings()
+        warnings.simplefilter("ignore", ResourceWarning)
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
     config.addinivalue_line("markers", "slow: takes long, and runs only with -m slow")
     # As if the command line said so.

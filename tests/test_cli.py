@@ -1,5 +1,4 @@
 """Flags from a dataclass; a user's mistake is one line and status 2, a bug is a traceback."""
-import contextlib
 import errno
 import io
 import os
@@ -375,6 +374,7 @@ class Consoles:
 
     def __init__(self, folder, monkeypatch):
         self.folder, self.monkeypatch = folder, monkeypatch
+        self.made = []
 
     def put(self, name, encoding="utf-8", file=None):
         """Put a stream to `file`, a descriptor, or to a file in the place of sys.<name>."""
@@ -384,6 +384,7 @@ class Consoles:
         errors = "backslashreplace" if name == "stderr" else "strict"
         stream = io.TextIOWrapper(raw, encoding, errors, line_buffering=name == "stderr")
         self.monkeypatch.setattr(sys, name, stream)
+        self.made.append(stream)
         return stream
 
     def read(self, name):
@@ -394,7 +395,10 @@ class Consoles:
 def consoles(tmp_path):
     # Of its own: it ends before pytest's capturing looks for its streams.
     with pytest.MonkeyPatch.context() as patch:
-        yield Consoles(tmp_path, patch)
+        consoles = Consoles(tmp_path, patch)
+        yield consoles
+    for stream in consoles.made:
+        stream.close()  # as at the interpreter's end: nothing is left that could not be printed
 
 
 def without_reader():
@@ -457,8 +461,6 @@ def test_the_work_goes_on_when_nobody_reads(names, unbuffered, consoles):
         raise UserError("a mistake")
 
     assert status(fails) == 2
-    with contextlib.suppress(BrokenPipeError):
-        sys.stdout.close()  # the interpreter's last step finds nothing left to print
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
