@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 
 # The tests, and the processes that they start, see the same whatever is set outside: another
-# model hub or none, proxies, warnings that are hidden or errors, a place among torchrun's processes.
+# model hub or none, proxies, warnings that are hidden or errors, a place among torchrun's ranks.
 for name in list(os.environ):
     if name.upper().startswith(("HF_", "PYTHONWARNINGS", "TORCHELASTIC_")) or name.upper() in (
         "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "RANK", "WORLD_SIZE", "LOCAL_RANK",

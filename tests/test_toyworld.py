@@ -430,6 +430,10 @@ def test_a_start_that_fails_is_in_nobodys_way(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "settings.json").read_text()) == {"size": 8, "seed": 3}
     with pytest.raises(UserError, match="another size or seed"):
         write(tmp_path, objects=0, images=1, size=16, seed=3)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/settings.json").write_text('{"editor": 4}')
+    with pytest.raises(UserError, match="another size or seed"):
+        write(tmp_path / "mine", objects=0, images=1, size=16)
 
 
 def test_mistakes_are_told_in_one_line_and_change_nothing(whole, tmp_path):

@@ -207,21 +207,10 @@ def as_flag(name, value):
     return f"{flag_of(name)} {shlex.quote(str(value))}"
 
 
-# ---- how a script ends -----------------------------------------------------------------------
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM ends the script: the exit status is 143."""
-
-
-def interruption(code):
-    """The exception with which a loop ends after a signal, SIGINT or SIGTERM."""
-    return Terminated() if code == signal.SIGTERM else KeyboardInterrupt()
-
+# ---- consoles --------------------------------------------------------------------------------
 
 # No reader is left: of a pipe (Windows calls it EINVAL), or at the terminal.
 NO_READER = (errno.EPIPE, errno.EINVAL, errno.EIO)
-# No file of ours may be made there, or theirs not be read; or a name is too long.
-DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
 
 
 class Console(io.FileIO):
@@ -254,14 +243,26 @@ def printing(stream):
 
 
 def full(stream):
-    """Whether a stream of `printing` has lost something for another reason than a lack of readers.
-
-    That is, whether it goes to a disk that is full.
-    """
+    """Whether a stream of `printing` goes to a full disk: it lost something, but has its reader."""
     stream.flush()
     raw = getattr(getattr(stream, "buffer", None), "raw", None)
     problem = getattr(raw, "problem", None)
     return problem is not None and problem.errno not in NO_READER
+
+
+# ---- how a script ends -----------------------------------------------------------------------
+
+# A file may not be read, or none be made there; or a name is too long.
+DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM ends the script: the exit status is 143."""
+
+
+def interruption(code):
+    """The exception with which a loop ends after a signal, SIGINT or SIGTERM."""
+    return Terminated() if code == signal.SIGTERM else KeyboardInterrupt()
 
 
 def main(function):

@@ -19,6 +19,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
@@ -245,7 +246,10 @@ def prepare_folder(out, settings, items):
     if (out / "index.jsonl").exists():
         raise UserError(
             f"{out} was made by an older version of mvd (index.jsonl): choose another --out")
-    if pictures and file.exists() and file.read_bytes() != content:
+    earlier = file.read_bytes() if file.exists() else content
+    # A start that has drawn nothing is in nobody's way.
+    replaceable = not pictures and re.fullmatch(rb'{"size": \d+, "seed": \d+}', earlier)
+    if earlier != content and not replaceable:
         raise UserError(
             f"{out} holds pictures of another size or seed than {settings}: choose another --out")
     planned = {out / item.path for item in items}
