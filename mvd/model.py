@@ -262,8 +262,8 @@ class MVDream(nn.Module):
         list of time steps, as tqdm does.
 
         Noise is drawn on the CPU: a seed gives the same picture on every device. Raises UserError
-        for an empty prompt, steps outside 1..1000, a seed that is none (`check_seed`), or a size that
-        the networks cannot halve.
+        for an empty prompt, steps outside 1..1000, a seed that is none (`check_seed`), or a size
+        that the networks cannot halve.
         """
         generator = torch.Generator().manual_seed(check_seed(seed))
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
