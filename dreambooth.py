@@ -180,6 +180,7 @@ def class_loss(unet, theta0, x0, context):
         weights = {name: w.to(dtype) for name, w in theta0.items()}
         return functional_call(unet, weights, inputs)
 
+    start.prediction = unet.prediction
     t = torch.randint(diffusion.NUM_TIMESTEPS, x0.shape[:1], device=x0.device)
     x_t = diffusion.q_sample(x0, t, torch.randn_like(x0))
     with torch.no_grad():

@@ -1,7 +1,7 @@
 """The diffusion process: noise schedule, noising, the loss, guidance, and DDIM and DDPM sampling.
 
 Forward (DDPM, Ho et al. 2020, eq. 4):  x_t = sqrt(ᾱ_t) x_0 + sqrt(1 - ᾱ_t) ε,  ε ~ N(0, I).
-The network predicts the noise, ε_θ(x_t, t); all else here is arithmetic.
+The network predicts the noise, ε_θ(x_t, t), or v, which implies it; all else is arithmetic.
 
 x is a batch of sets of views [B, V, c, h, w], and t is [B] int64: the views of a set share their
 time step, and each has noise of its own. The arithmetic is float32 whatever the network's number
@@ -74,30 +74,42 @@ def predict_x0(x_t, t, eps):
 def predict_noise(unet, x_t, t, context, camera=None):
     """ε_θ(x_t; y, c, t), float32: the only place that calls the network.
 
-    So this is the place that knows what the network predicts: the noise. For one that predicts
-    v = sqrt(ᾱ_t) ε - sqrt(1 - ᾱ_t) x_0 (Salimans & Ho 2022), return
-    sqrt(ᾱ_t) v + sqrt(1 - ᾱ_t) x_t here, and samplers, distillation and training follow.
-    (Training then weights the error of v by ᾱ_t; for the plain one change `denoising_loss`, too.)
+    So this is the place that knows what the network predicts: the noise, or (`predicts_v`)
+    v = sqrt(ᾱ_t) ε - sqrt(1 - ᾱ_t) x_0 (Salimans & Ho 2022), which implies the noise. Samplers,
+    distillation and training know only the noise.
 
     x_t [B, V, c, h, w], t [B], context [B, L, D], camera [B, V, 16] or None for the 2D mode.
     """
-    return unet(x_t, t, context, camera).float()
+    prediction = unet(x_t, t, context, camera).float()
+    if not predicts_v(unet):
+        return prediction
+    abar = alpha_bar(t, x_t)
+    return abar.sqrt() * prediction + (1 - abar).sqrt() * x_t.float()
+
+
+def predicts_v(unet):
+    """Is this a network with v-prediction? A plain function is taken to predict the noise."""
+    return getattr(unet, "prediction", "eps") == "v"
 
 
 def squared_errors(unet, x0, context, camera, t, noise):
-    """(ε - ε_θ(x_t; y, c, t))², number by number: [B, V, c, h, w].
+    """The squared error of what the network predicts, number by number: [B, V, c, h, w].
+
+    (ε - ε_θ(x_t; y, c, t))², or (v - v_θ)², which is that divided by ᾱ_t.
 
     x0 [B, V, c, h, w]: scaled latents; t [B]; noise like x0. context and camera as in
     `predict_noise`.
     """
     eps = predict_noise(unet, q_sample(x0, t, noise), t, context, camera)
-    return (eps - noise) ** 2
+    errors = (eps - noise) ** 2
+    return errors / alpha_bar(t, x0) if predicts_v(unet) else errors
 
 
 def denoising_loss(unet, x0, context, camera=None):
     """‖ε - ε_θ(x_t; y, c, t)‖² at a random t per set, the mean over all numbers (MVDream eq. 2).
 
-    Arguments as in `squared_errors`. The time steps are drawn first, then the noise.
+    With v-prediction ‖v - v_θ‖². Arguments as in `squared_errors`. The time steps are drawn first,
+    then the noise.
     """
     t = torch.randint(NUM_TIMESTEPS, (len(x0),), device=x0.device)
     noise = torch.randn_like(x0)

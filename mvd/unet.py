@@ -25,6 +25,8 @@ from .tools.errors import UserError
 # What stands for the two changes; the first of each is MVDream's, the others its ablations.
 ATTENTION = ("3d", "pixel", "view")
 CAMERA = ("time", "text", "none")
+# What the network is trained to tell from x_t: the noise, or v (`diffusion.predict_noise`).
+PREDICTION = ("eps", "v")
 
 
 @dataclass
@@ -49,6 +51,8 @@ class UNetConfig:
     # Where the camera of a view goes. "time": its MLP is added to the time embedding; "text": it
     # is one more token of the text that this view sees; "none": nowhere.
     camera: str = "time"
+    # "v": the 768-pixel Stable Diffusion 2, for example.
+    prediction: str = "eps"
 
 
 # ---- time and camera -------------------------------------------------------------------------
@@ -243,8 +247,9 @@ class MultiViewTransformer(nn.Module):
 # ---- the U -----------------------------------------------------------------------------------
 
 def check_variant(config):
-    """Raise UserError if `attention` or `camera` of a UNetConfig is none of those there are."""
-    for name, known in (("attention", ATTENTION), ("camera", CAMERA)):
+    """Raise UserError if a name in a UNetConfig is none of those there are."""
+    named = (("attention", ATTENTION), ("camera", CAMERA), ("prediction", PREDICTION))
+    for name, known in named:
         value = getattr(config, name)
         if value not in known:
             raise UserError(f"the UNet has no {name} {value!r}: choose {', '.join(known)}")
@@ -285,12 +290,13 @@ class Block(nn.Module):
 
 
 class MultiViewUNet(nn.Module):
-    """ε_θ(x_t; t, text, camera), MVDream eq. 2."""
+    """ε_θ(x_t; t, text, camera), MVDream eq. 2; or v_θ, if `prediction` is "v"."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
         check_variant(config)
         self.config = config
+        self.prediction = config.prediction
         self.time_mlp = embedding_mlp(config.model_channels, 4 * config.model_channels)
         if config.camera != "none":
             self.camera_mlp = new_camera_mlp(config)
@@ -353,7 +359,7 @@ class MultiViewUNet(nn.Module):
         return torch.cat([context, token[:, :, None]], dim=2).flatten(0, 1)
 
     def forward(self, x, t, context, camera=None):
-        """The predicted noise, [B, V, c, h, w], in the number format of the weights.
+        """The prediction, [B, V, c, h, w], in the number format of the weights.
 
         x [B, V, c, h, w]: noisy latents; h and w are divisible by 2^(levels - 1).
         t [B]: time steps 0..999, one per set. context [B, L, D]: the text.
