@@ -2,6 +2,7 @@
 import copy
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,18 +11,20 @@ from torch import nn
 from . import cameras, diffusion, presets, weights
 from .presets import PRESETS, ModelConfig
 from .text import TextTower
-from .tools import checkpoint
+from .tools import checkpoint, claims, diffusers
 from .tools.device import GraphedStep, check_seed, side_stream, without_cudnn_search
 from .tools.errors import UserError
 from .tools.files import write_atomic, write_safetensors
 from .tools.vocabulary import known_part
-from .unet import MultiViewUNet, is_variant, zero_camera_mlp
+from .unet import MultiViewUNet, check_variant, is_variant, zero_camera_mlp
 from .vae import VAE
 
 # The model that the repository ships.
 TINY = Path(__file__).with_name("tiny.safetensors")
-# What Stable Diffusion 2.1 base was trained at, in pixels.
-STABLE_DIFFUSION_SIZE = 512
+# How `MVDream.save` can name the tensors, and whose names those are.
+LAYOUTS = {"mvd": "our", "mvdream": "MVDream's", "diffusers": "diffusers'"}
+# What Stable Diffusion 2.1 was trained at, in pixels: the base model, and that which predicts v.
+STABLE_DIFFUSION_SIZE = {"eps": 512, "v": 768}
 
 
 # ---- reading a file --------------------------------------------------------------------------
@@ -41,25 +44,37 @@ def find_file(name):
 def read_model(path):
     """The file or folder of a model -> (ModelConfig, {"unet": tensors, "vae": ..., "text": ...}).
 
-    The configuration is in the header of a file that `MVDream.save` wrote; else it follows from
-    the shapes of the tensors (`weights.sizes`). The tensors have our names and are memory-mapped:
-    bytes are read when they are used. Raises UserError for a file that is damaged or of another
-    kind.
+    The sizes follow from the shapes of the tensors (`weights.sizes`), all else from the header of
+    a file that `MVDream.save` wrote, or from what another one says of itself (`claims`). The
+    tensors have our names and are memory-mapped: bytes are read when they are used. Raises
+    UserError for a file that is damaged or of another kind.
     """
-    tensors, header = checkpoint.read(path)
+    tensors, said = checkpoint.read(path)
     try:
         parts = weights.convert(tensors)
-        if header:
-            config = presets.from_header(header)
-        else:
-            config = ModelConfig(*weights.sizes(parts))
-            if not has_camera(parts):
-                config.size = STABLE_DIFFUSION_SIZE
+        config = told_config(said, parts)
+        unet, vae, text = weights.sizes(parts, config.unet, config.vae, config.text)
+        check_variant(unet)
+        if unet.context_dim != text.width:
+            raise UserError(f"the UNet reads {unet.context_dim} numbers per token and the text "
+                            f"tower gives {text.width}: they belong to two models")
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except (TypeError, KeyError) as error:
-        raise UserError(f"{path}: its header is of another version of mvd ({error})") from error
-    return config, parts
+    return replace(config, unet=unet, vae=vae, text=text), parts
+
+
+def told_config(said, parts):
+    """The ModelConfig that a checkpoint tells beside its tensors, where need be MVDream's."""
+    if "mvd" in said:
+        try:
+            return presets.from_header(said["mvd"])
+        except (TypeError, ValueError, KeyError) as error:
+            raise UserError(f"its header is of another version of mvd ({error})") from error
+    told = claims.settings(said)
+    config = presets.override(ModelConfig(), told)
+    if "size" not in told and not has_camera(parts):
+        config.size = STABLE_DIFFUSION_SIZE[config.unet.prediction]
+    return config
 
 
 def read_config(name):
@@ -67,7 +82,7 @@ def read_config(name):
     if name in checkpoint.DOWNLOADS:
         config = ModelConfig()
         if name == "sd21":
-            config.size = STABLE_DIFFUSION_SIZE
+            config.size = STABLE_DIFFUSION_SIZE["eps"]
         return config
     config, _ = read_model(find_file(name))
     return config
@@ -76,6 +91,16 @@ def read_config(name):
 def has_camera(parts):
     """Do the tensors hold a camera MLP? Plain Stable Diffusion has none."""
     return any(key.startswith("camera_mlp.") for key in parts["unet"])
+
+
+def cut_table(text, row_of):
+    """Leave only the rows of known tokens in the table of all that a diffusers folder has.
+
+    text: the tensors of a text tower, changed in place. row_of: {token: row}, in order.
+    """
+    table = text.get("token_embedding.weight")
+    if table is not None and len(table) == weights.VOCABULARY > len(row_of):
+        text["token_embedding.weight"] = table[list(row_of)]
 
 
 # ---- the model -------------------------------------------------------------------------------
@@ -155,6 +180,8 @@ class MVDream(nn.Module):
             model = MVDream(config)
         for part, tensors in parts.items():
             module = getattr(model, part)
+            if part == "text":
+                cut_table(tensors, module.row_of)
             check_tensors(path, part, module.state_dict(), parts)
             for key in tensors:
                 # Move first, then convert: the GPU rounds faster.
@@ -163,49 +190,63 @@ class MVDream(nn.Module):
         return model.requires_grad_(False).eval()
 
     def save(self, path, dtype=None, layout="mvd"):
-        """Write one file, in `dtype` if one is given.
+        """Write one file, or a folder in the layout of diffusers, in `dtype` if one is given.
 
         layout "mvd": ours, safetensors with the configuration in its header. layout "mvdream": the
         names of the released file, for other tools; what the model lacks is said and left out. A
         name that ends in .pt or .ckpt makes that a PyTorch file, else it is safetensors with our
-        header. Raises UserError.
+        header. layout "diffusers": a folder, which diffusers reads without the camera and mvd as a
+        whole. Raises UserError.
         """
+        if layout not in LAYOUTS:
+            raise UserError(f"there is no layout {layout!r}: choose {', '.join(LAYOUTS)}")
         parts = {}
         for part in ("unet", "vae", "text"):
             state = getattr(self, part).state_dict()
             parts[part] = {key: t.detach().to(dtype or t.dtype) for key, t in state.items()}
         if layout != "mvd" and is_variant(self.config.unet):
             raise UserError(
-                f"cannot write {path}: MVDream's layout has no UNet of this kind (attention "
-                f"{self.config.unet.attention!r}, camera {self.config.unet.camera!r}); use ours"
+                f"cannot write {path}: {LAYOUTS[layout]} layout has no UNet of this kind "
+                f"(attention {self.config.unet.attention!r}, camera {self.config.unet.camera!r}); "
+                "use ours"
             )
-        ending = Path(path).suffix
-        pickled = ending in (".pt", ".ckpt")
-        if pickled and (layout == "mvd" or self.config.text.words):
-            what = "configuration" if layout == "mvd" else "words that the model knows"
-            raise UserError(
-                f"cannot write {path}: a {ending} file has no room for the {what}; "
-                "choose .safetensors"
-            )
-        if layout == "mvd":
-            tensors = {}
-            for part, state in parts.items():
-                tensors.update({f"{part}.{key}": tensor for key, tensor in state.items()})
-        else:
+        header = {"mvd": json.dumps(presets.to_header(self.config))}
+        if layout == "diffusers":
+            self.save_folder(path, parts)
+        elif Path(path).suffix in (".pt", ".ckpt"):
+            check_pickle(path, self.config, parts, layout)
             tensors = weights.to_released(parts)
-            if self.config.text.output_dim is None:
-                warnings.warn(
-                    f"{path}: the model was loaded without the text tower's text_projection, "
-                    "logit_scale and the layers that Stable Diffusion does not run, so they are "
-                    "left out; a tool that insists on them will complain",
-                    stacklevel=2,
-                )
-        if pickled:
             tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
             write_atomic(path, lambda file: torch.save(tensors, file))
         else:
-            header = json.dumps(presets.to_header(self.config))
-            write_safetensors(path, tensors, {"mvd": header})
+            tensors = weights.to_released(parts) if layout == "mvdream" else weights.flat(parts)
+            if self.config.unet.prediction == "v":
+                header["modelspec.prediction_type"] = "v"
+            write_safetensors(path, tensors, header)
+        if layout == "mvdream" and self.config.text.output_dim is None:
+            warnings.warn(
+                f"{path}: the model was loaded without the text tower's text_projection, "
+                "logit_scale and the layers that Stable Diffusion does not run, so they are "
+                "left out; a tool that insists on them will complain",
+                stacklevel=2,
+            )
+
+    def save_folder(self, path, parts):
+        """Write a diffusers folder.
+
+        Its text tower has no layers that are not run, and a table of all of CLIP's tokens: those
+        that the model does not know read as the one that pads.
+        """
+        table = parts["text"]["token_embedding.weight"]
+        whole = table[:1].repeat(weights.VOCABULARY, 1)
+        whole[list(self.text.row_of)] = table
+        parts["text"]["token_embedding.weight"] = whole
+        text = self.config.text
+        layers = text.layers - text.unused_layers
+        text = replace(text, layers=layers, unused_layers=0, output_dim=None)
+        header = json.dumps(presets.to_header(replace(self.config, text=text)))
+        tensors = weights.to_diffusers(parts, self.config)
+        diffusers.write_folder(path, tensors, self.config, {"mvd": header})
 
     def compile_networks(self):
         """Let torch.compile fuse the operations of UNet and autoencoder, in place, when they run.
@@ -302,6 +343,22 @@ class MVDream(nn.Module):
                 pass
             with without_cudnn_search():
                 return (self.decode(latents).float() / 2 + 0.5).clamp(0, 1)
+
+
+def check_pickle(path, config, parts, layout):
+    """Raise UserError if a PyTorch file, which has no header, could not tell the configuration."""
+    if layout == "mvd":
+        lacking = "configuration"
+    elif config.text.words:
+        lacking = "words that the model knows"
+    elif weights.sizes(parts) != (config.unet, config.vae, config.text):
+        lacking = "configuration, which is not the released model's"
+    else:
+        return
+    raise UserError(
+        f"cannot write {path}: a {Path(path).suffix} file has no room for the {lacking}; "
+        "choose .safetensors"
+    )
 
 
 def check_tensors(path, part, wanted, parts):

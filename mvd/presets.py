@@ -10,7 +10,8 @@ edit here takes effect for every file that was trained with that preset.
 """
 import copy
 import math
-from dataclasses import asdict, dataclass, field, replace
+import typing
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 
 from .text import TextConfig
 from .tools.errors import UserError
@@ -208,15 +209,16 @@ def from_header(header):
     """The ModelConfig of a file that mvd wrote.
 
     Older files name no preset: they get the one whose UNet is nearest in width, and the settings
-    that they hold are ignored. Raises UserError for a preset that this
-    version does not have; TypeError or KeyError for a header of another version.
+    that they hold are ignored. Raises UserError for a preset that this version does not have or a
+    value that no model has; TypeError, ValueError or KeyError for a header of another version.
     """
     sizes = {}
     for part, make in PARTS.items():
         values = {}
-        for key, value in header[part].items():
+        for key, value in dict(header[part]).items():
             values[key] = tuple(value) if isinstance(value, list) else value
         sizes[part] = make(**values)
+        check(sizes[part])
     name = header.get("preset") or nearest_preset(sizes["unet"])
     if name not in PRESETS:
         raise UserError(f"its header names the preset {name!r}, but there are {', '.join(PRESETS)}")
@@ -224,7 +226,33 @@ def from_header(header):
     if "preset" in header:
         own = {key: header[key] for key in SAMPLING if key in header}
     usual = copy.deepcopy(PRESETS[name].model)
-    return replace(usual, **sizes, **own, size=header["size"], preset=name)
+    config = replace(usual, **sizes, **own, size=header["size"], preset=name)
+    check(config)
+    return config
+
+
+# The least that a number may be, where that is not above 0.
+LOWEST = {"unused_layers": 0, "guidance": -math.inf}
+
+
+def check(config):
+    """Raise UserError, naming the field, if a configuration has a value that no model has."""
+    for name, kind in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if is_dataclass(value):
+            check(value)
+        elif not fits(name, kind, value):
+            raise UserError(f"{name} is {value!r:.60}, which no model has")
+
+
+def fits(name, kind, value):
+    """Can a field of this name and type have this value? Its numbers are finite."""
+    if kind is tuple:
+        kind = str if name == "words" else int
+        return isinstance(value, tuple) and all(fits(name, kind, item) for item in value)
+    if isinstance(value, float | int) and not LOWEST.get(name, 1e-9) <= value < math.inf:
+        return False
+    return isinstance(value, float | int if kind is float else kind)
 
 
 def nearest_preset(unet):
@@ -239,7 +267,7 @@ def nearest_preset(unet):
 def override(config, changes):
     """A copy of a ModelConfig with some fields changed: {"unet.head_dim": 16, "size": 96}.
 
-    Raises UserError for an unknown field.
+    Raises UserError for an unknown field, or a value that no model has.
     """
     config = copy.deepcopy(config)
     for name, value in changes.items():
@@ -250,4 +278,5 @@ def override(config, changes):
         if not hasattr(owner, leaf):
             raise UserError(f"the configuration has no field {name!r}")
         setattr(owner, leaf, value)
+    check(config)
     return config

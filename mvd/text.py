@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .tools.checkpoint import import_hub
 from .tools.vocabulary import known_part, new_words
 
 
@@ -38,9 +39,8 @@ class TextConfig:
 @lru_cache(maxsize=1)
 def tokenizer():
     """CLIP's byte-pair tokenizer: `.encode(text)` -> a list of token numbers."""
-    from open_clip.tokenizer import SimpleTokenizer  # importing open_clip takes seconds
-
-    return SimpleTokenizer()
+    # Importing open_clip takes seconds, and it imports the hub.
+    return import_hub("open_clip.tokenizer").SimpleTokenizer()
 
 
 @lru_cache(maxsize=2**16)

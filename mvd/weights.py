@@ -15,14 +15,16 @@ Three layouts are known. `checkpoint.read` returns a dict {name: tensor} for eac
 PREFIXES tells the part of a name. The part's rules (`rules_for`) then rewrite the rest, one after
 the other. A rule is a pair (theirs, ours), where "#" stands for a number. A rule that starts with
 a dot fits anywhere inside a name, any other only its beginning. The rules of all layouts may be
-applied to any name, since a name that is ours already fits none. LDM's rules, read backwards,
-write LDM's names.
+applied to any name, since a name that is ours already fits none. A layout's rules, read
+backwards, write its names.
 
 To add a layout: put its prefixes into PREFIXES, write a table of rules per part and add it to
 `rules_for`, put what is not a weight into IGNORED, and a case into tests/test_weights.py.
 """
 import functools
+import math
 import re
+from dataclasses import replace
 
 import torch
 
@@ -32,6 +34,8 @@ from .tools.errors import UserError
 from .unet import UNetConfig
 from .vae import VAEConfig
 
+# The rows of CLIP's table of token vectors.
+VOCABULARY = 49408
 READABLE = "mvd reads MVDream and Stable Diffusion 2"
 
 PREFIXES = {
@@ -73,6 +77,10 @@ LDM_UNET = [
     (".res.out_layers.0.", ".res.norm2."),
     (".res.out_layers.3.", ".res.conv2."),
     (".res.skip_connection.", ".res.skip."),
+]
+
+# Inside a transformer diffusers has LDM's names, too.
+LDM_TRANSFORMER = [
     (".attention.transformer_blocks.0.norm#.", ".attention.norm#."),
     (".transformer_blocks.0.attn1.", ".self_attention."),
     (".transformer_blocks.0.attn2.", ".cross_attention."),
@@ -107,7 +115,7 @@ LDM_TEXT = [
 
 # What stands in front of a part's names in the file, and the rules for the rest.
 LDM = {
-    "unet": ("model.diffusion_model.", LDM_UNET),
+    "unet": ("model.diffusion_model.", LDM_UNET + LDM_TRANSFORMER),
     "vae": ("first_stage_model.", LDM_VAE),
     "text": ("cond_stage_model.model.", LDM_TEXT),
 }
@@ -120,11 +128,13 @@ def diffusers_unet(levels, blocks):
 
     diffusers starts to count anew in each level. LDM, and we, count through all levels, and the
     encoder's input convolution and its downsamplings have numbers of their own. A level of the
-    decoder has one ResBlock more. The names inside a transformer are LDM's.
+    decoder has one ResBlock more.
     """
     rules = [
         ("time_embedding.linear_1.", "time_mlp.0."),
         ("time_embedding.linear_2.", "time_mlp.2."),
+        # diffusers has no camera: it warns that it leaves the tensor out.
+        ("camera_embed.", "camera_mlp."),
         ("conv_in.", "encoder.0.conv."),
         ("mid_block.resnets.0.", "middle.0.res."),
         ("mid_block.attentions.0.", "middle.1.attention."),
@@ -174,14 +184,14 @@ def diffusers_vae(levels):
         (".middle.1.to_q.", ".middle.1.query."),
         (".middle.1.to_k.", ".middle.1.key."),
         (".middle.1.to_v.", ".middle.1.value."),
-        (".middle.1.to_out.0.", ".middle.1.out."),
         # Files of 2022 have this name, and query, key and value as we do.
         (".middle.1.proj_attn.", ".middle.1.out."),
+        (".middle.1.to_out.0.", ".middle.1.out."),
     ]
     return rules
 
 
-# q_proj, k_proj and v_proj are left to `join_qkv`.
+# Then q_proj, k_proj and v_proj are left to `join_qkv`.
 DIFFUSERS_TEXT = [
     ("text_model.", ""),
     ("embeddings.token_embedding.", "token_embedding."),
@@ -189,7 +199,9 @@ DIFFUSERS_TEXT = [
     ("encoder.layers.#.", "blocks.#."),
     (".layer_norm#.", ".norm#."),
     (".self_attn.out_proj.", ".out."),
-    (".self_attn.", "."),
+    (".self_attn.q_proj.", ".q_proj."),
+    (".self_attn.k_proj.", ".k_proj."),
+    (".self_attn.v_proj.", ".v_proj."),
     (".mlp.fc1.", ".feed_in."),
     (".mlp.fc2.", ".feed_out."),
     ("final_layer_norm.", "norm_out."),
@@ -207,6 +219,8 @@ IGNORED = [
     r"model_ema\.",
     # The loss.
     r"(logvar|lvlb_weights)$",
+    # A mark of ComfyUI's, which `claims` reads.
+    r"v_pred$",
     # Constants.
     r"cond_stage_model\.model\.attn_mask$",
     r"text_encoder\.(text_model\.)?embeddings\.position_ids$",
@@ -216,9 +230,12 @@ IGNORED = [
 FOREIGN = {
     r"lora": "a LoRA, which only changes another model's weights",
     r"^conditioner\.": "Stable Diffusion XL",
+    r"\.(label_emb\.weight$|class_embedding\.)": "an upscaler, or another model with classes",
     r"^model\.diffusion_model\.label_emb\.": "Stable Diffusion XL",
     r"^unet\.add_embedding\.": "Stable Diffusion XL",
     r"^cond_stage_model\.transformer\.": "Stable Diffusion 1",
+    r"^control_model\.|\.image_embed\.|_ip\.": "a model that looks at pictures, too",
+    r"^ztsnr$": "a model with another noise schedule",
     r"^(conv_in|encoder\.conv_in|time_embed|embeddings|text_model)\.":
         "one part of a model; name the folder that holds all",
 }
@@ -264,9 +281,12 @@ def convert(state_dict):
     another kind of model, or is there twice.
     """
     state_dict = state_dict.get("state_dict", state_dict)
+    if not isinstance(state_dict, dict):
+        raise UserError(f"its state_dict is a {type(state_dict).__name__}, not tensors by name")
     refuse_other_models(state_dict)
     rules = rules_for(state_dict)
     schedule = schedule_buffers()
+    check_schedule(state_dict.get("alphas_cumprod"), schedule["alphas_cumprod"])
     parts = {"unet": {}, "vae": {}, "text": {}}
     for name, tensor in state_dict.items():
         if name in schedule or any(re.match(ignored, name) for ignored in IGNORED):
@@ -276,6 +296,9 @@ def convert(state_dict):
             raise UserError(
                 f"{name!r} is not a tensor of an MVDream or Stable Diffusion 2 model"
             )
+        if not tensor.is_floating_point() or tensor.layout != torch.strided:
+            raise UserError(f"{name!r} holds {tensor.dtype}, {tensor.layout}, so it is quantised "
+                            f"or packed; {READABLE}")
         ours = rename(inner, rules[part])
         if ours in parts[part]:
             raise UserError(f"{name!r} is there twice, under two names")
@@ -295,9 +318,22 @@ def convert(state_dict):
 def refuse_other_models(names):
     """Raise UserError if a name shows that this is another kind of model, or not a whole one."""
     for name in names:
+        if not isinstance(name, str):
+            raise UserError(f"{name!r:.60} is not the name of a tensor; {READABLE}")
         for sign, kind in FOREIGN.items():
             if re.search(sign, name):
                 raise UserError(f"{name!r} is a tensor of {kind}; {READABLE}")
+
+
+def check_schedule(theirs, ours):
+    """Raise UserError if a file has another ᾱ [1000] than ours, rounded to bfloat16 perhaps.
+
+    None, or a tensor without values or of zeros, says nothing.
+    """
+    if not isinstance(theirs, torch.Tensor) or theirs.is_meta or not theirs.any():
+        return
+    if theirs.shape != ours.shape or not torch.allclose(theirs.float(), ours, rtol=0, atol=5e-3):
+        raise UserError(f"'alphas_cumprod' is of another noise schedule; {READABLE}")
 
 
 def rules_for(names):
@@ -306,7 +342,7 @@ def rules_for(names):
     unet_blocks = count(names, r"unet\.down_blocks\.\d+\.resnets\.(\d+)")
     vae_levels = count(names, r"vae\.decoder\.up_blocks\.(\d+)")
     return {
-        "unet": diffusers_unet(unet_levels, unet_blocks) + LDM_UNET,
+        "unet": diffusers_unet(unet_levels, unet_blocks) + LDM_UNET + LDM_TRANSFORMER,
         "vae": diffusers_vae(vae_levels) + LDM_VAE,
         "text": OLDER_TEXT + DIFFUSERS_TEXT + LDM_TEXT,
     }
@@ -360,7 +396,7 @@ def join_qkv(text):
         text[joined] = torch.cat([text.pop(third) for third in thirds])
 
 
-# ---- our names -> LDM's ----------------------------------------------------------------------
+# ---- our names -> theirs ---------------------------------------------------------------------
 
 
 def to_released(parts):
@@ -381,13 +417,70 @@ def released_name(part, name, parts):
     parts: all tensors, since it depends on the other layers of a block.
     """
     prefix, rules = LDM[part]
-    backwards = [(ours, theirs) for theirs, ours in reversed(rules)]
-    released = rename(name, backwards)
+    released = rename(name, backwards(rules))
     if part == "unet" and ".up." in name:
         transformer = name.split(".up.")[0] + ".attention."
         if not any_starts(parts["unet"], transformer):
             released = released.replace(".2.conv.", ".1.conv.")
     return prefix + released
+
+
+def backwards(rules):
+    """The rules that undo these."""
+    return [(ours, theirs) for theirs, ours in reversed(rules)]
+
+
+def flat(parts):
+    """{part: {name: tensor}} -> {part.name: tensor}: our own layout."""
+    tensors = {}
+    for part, state in parts.items():
+        tensors.update({f"{part}.{name}": tensor for name, tensor in state.items()})
+    return tensors
+
+
+def to_diffusers(parts, config):
+    """{part: {our name: tensor}} -> {folder: {name: tensor}} as in a diffusers folder.
+
+    config: the ModelConfig. What diffusers does not run is left out: CLIP's projection, its logit
+    scale and last blocks. The camera MLP is kept, under LDM's name.
+    """
+    unet, vae, text = config.unet, config.vae, config.text
+    levels = len(unet.channel_mult)
+    unet_rules = diffusers_unet(levels, unet.num_res_blocks) + LDM_TRANSFORMER
+    vae_rules = diffusers_vae(len(vae.channel_mult))
+    return {
+        "unet": renamed(parts["unet"], backwards(unet_rules)),
+        "vae": renamed(linear_attention(parts["vae"]), backwards(vae_rules)),
+        "text_encoder": renamed(split_qkv(parts["text"], text), backwards(DIFFUSERS_TEXT)),
+    }
+
+
+def renamed(tensors, rules):
+    return {rename(name, rules): tensor for name, tensor in tensors.items()}
+
+
+def linear_attention(vae):
+    """The VAE's tensors with linear layers in its attention, in place of 1x1 convolutions."""
+    tensors = {}
+    for name, tensor in vae.items():
+        linear = ".middle.1." in name and tensor.dim() == 4
+        tensors[name] = tensor[:, :, 0, 0] if linear else tensor
+    return tensors
+
+
+def split_qkv(text, config):
+    """The text tower's tensors that are run, with q, k and v apart. Undoes `join_qkv`."""
+    unused = [f"blocks.{config.layers - 1 - i}." for i in range(config.unused_layers)]
+    tensors = {}
+    for name, tensor in text.items():
+        if name.startswith(("text_projection", "logit_scale", *unused)):
+            continue
+        if ".qkv." not in name:
+            tensors[name] = tensor
+            continue
+        for letter, third in zip("qkv", tensor.chunk(3)):
+            tensors[name.replace(".qkv.", f".{letter}_proj.")] = third
+    return tensors
 
 
 def any_starts(names, prefix):
@@ -397,16 +490,17 @@ def any_starts(names, prefix):
 # ---- the sizes of a model --------------------------------------------------------------------
 
 
-def sizes(parts):
+def sizes(parts, unet=None, vae=None, text=None):
     """The configurations that tensors in our names are of: (UNetConfig, VAEConfig, TextConfig).
 
-    What the tensors do not tell is as in MVDream: its attention and camera, 64 channels per head,
-    32 groups, the scale of the latents, a text tower whose last block is not run. Raises
-    UserError, naming the tensor, if one that tells a size is missing or cannot tell it.
+    What the tensors do not tell is as in the configurations that are given, by default MVDream's:
+    attention, camera and prediction, channels per head, groups, the scale of the latents, the
+    words, how many text blocks are not run. Raises UserError, naming the tensor, if one that tells
+    a size is missing or cannot tell it, or if UNet and VAE do not fit together.
     """
-    unet = unet_config(parts)
-    vae = vae_config(parts)
-    text = text_config(parts)
+    unet = unet_config(parts, unet or UNetConfig())
+    vae = vae_config(parts, vae or VAEConfig())
+    text = text_config(parts, text or TextConfig())
     if unet.in_channels != vae.z_channels:
         raise UserError(
             f"the UNet takes {unet.in_channels} channels (unet.encoder.0.conv.weight) and the VAE "
@@ -416,10 +510,11 @@ def sizes(parts):
     return unet, vae, text
 
 
-def unet_config(parts):
+def unet_config(parts, known):
     """A level of the encoder has as many ResBlocks as stand before the first downsampling."""
     names = parts["unet"]
-    width = size(parts, "unet", "encoder.0.conv.weight", multiple_of=UNetConfig.head_dim)
+    divisor = math.lcm(known.head_dim, known.groups)
+    width = size(parts, "unet", "encoder.0.conv.weight", multiple_of=divisor)
     length = count(names, r"encoder\.(\d+)\.")
     downs = [i for i in range(length) if any_starts(names, f"encoder.{i}.down.")]
     blocks = (downs[0] if downs else length) - 1
@@ -430,10 +525,12 @@ def unet_config(parts):
         mult.append(channels // width)
         if any_starts(names, f"{first}.attention."):
             attention.append(2**level)
+    channels = size(parts, "unet", "encoder.0.conv.weight", axis=1)
     to_k = "middle.1.attention.cross_attention.to_k.weight"
-    return UNetConfig(
-        in_channels=size(parts, "unet", "encoder.0.conv.weight", axis=1),
-        out_channels=size(parts, "unet", "conv_out.weight"),
+    return replace(
+        known,
+        in_channels=channels,
+        out_channels=channels,
         model_channels=width,
         channel_mult=tuple(mult),
         num_res_blocks=blocks,
@@ -442,16 +539,17 @@ def unet_config(parts):
     )
 
 
-def vae_config(parts):
+def vae_config(parts, known):
     names = parts["vae"]
-    width = size(parts, "vae", "encoder.conv_in.weight", multiple_of=VAEConfig.groups)
+    width = size(parts, "vae", "encoder.conv_in.weight", multiple_of=known.groups)
     # At least one, so that its tensors are missed if there is none.
     levels = max(1, count(names, r"encoder\.down\.(\d+)\."))
     mult = []
     for level in range(levels):
         bias = f"encoder.down.{level}.blocks.0.conv1.bias"
         mult.append(size(parts, "vae", bias, multiple_of=width) // width)
-    return VAEConfig(
+    return replace(
+        known,
         channels=width,
         channel_mult=tuple(mult),
         num_res_blocks=count(names, r"encoder\.down\.0\.blocks\.(\d+)\."),
@@ -459,24 +557,26 @@ def vae_config(parts):
     )
 
 
-def text_config(parts):
+def text_config(parts, known):
     """diffusers cuts CLIP's projection, its logit scale, and the last block, which is not run."""
     names = parts["text"]
     rows = size(parts, "text", "token_embedding.weight")
-    if rows != 49408:
+    if rows != VOCABULARY and not known.words:
         raise UserError(
             f"the tensor text.token_embedding.weight has {rows} rows, but CLIP's vocabulary has "
-            "49408; a model that knows fewer words needs the header that mvd writes"
+            f"{VOCABULARY}; a model that knows fewer words needs the header that mvd writes"
         )
-    head_dim = 64
+    # A tower of another width has more or fewer heads.
+    head_dim = max(1, known.width // known.heads)
     width = size(parts, "text", "norm_out.weight", multiple_of=head_dim)
     layers = max(1, count(names, r"blocks\.(\d+)\."))
     whole = "text_projection" in names or "logit_scale" in names
-    return TextConfig(
+    return replace(
+        known,
         width=width,
         heads=width // head_dim,
         layers=layers,
-        unused_layers=int(whole or layers == TextConfig.layers),
+        unused_layers=known.unused_layers if whole or layers == known.layers else 0,
         output_dim=size(parts, "text", "text_projection", axis=1) if whole else None,
         context_length=size(parts, "text", "positional_embedding"),
     )

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import warnings
+import zipfile
 from pathlib import Path
 
 import huggingface_hub
@@ -22,6 +23,7 @@ import torch
 
 import layouts
 from mvd import MVDream, weights
+from mvd.model import read_model
 from mvd.tools import checkpoint, cli
 from mvd.tools.errors import UserError
 from mvd.tools.files import read_safetensors, write_safetensors
@@ -209,7 +211,7 @@ def test_what_we_write_lies_aligned(tmp_path):
         metadata = {"k": "ü" * length}
         write_safetensors(tmp_path / "x.safetensors", tensors, metadata)
         read, read_metadata = read_safetensors(tmp_path / "x.safetensors")
-        assert read_metadata == metadata and read.keys() == tensors.keys()
+        assert read_metadata == {"format": "pt", **metadata} and read.keys() == tensors.keys()
         for name, tensor in read.items():
             expected = tensors[name]
             assert tensor.dtype == expected.dtype and tensor.shape == expected.shape
@@ -458,7 +460,7 @@ def test_whichever_tensor_is_lost_or_misshapen_is_named(released, monkeypatch):
 
 
 def assert_names(name, tensors, words, monkeypatch):
-    monkeypatch.setattr(checkpoint, "read", lambda path: (tensors, None))
+    monkeypatch.setattr(checkpoint, "read", lambda path: (tensors, {}))
     with pytest.raises(UserError, match=words) as error:
         MVDream.load(".")
     assert f" {name})" in str(error.value)
@@ -478,15 +480,9 @@ def rename_unet(path):
     file.rename(path / "unet" / "x")
 
 
-def predict_velocities(path):
-    file = path / "scheduler" / "scheduler_config.json"
-    file.write_text('{"prediction_type": "v_prediction"}')
-
-
 @pytest.mark.parametrize("spoil, words", [
     (rename_all, ["unet holds no weights", "download the whole folder"]),
     (remove_vae, ["vae holds no weights"]),
-    (predict_velocities, ["velocities"]),
     (rename_unet, ["unet holds no weights"]),
 ])
 def test_bad_folders(spoil, words, folder, tmp_path, capsys):
@@ -505,8 +501,14 @@ def test_half_a_folder_of_shards(folder, tmp_path, capsys):
     (path / "unet" / second).unlink()
     assert f"{second} is missing" in one_line(path, capsys)
     index = path / "unet" / "diffusion_pytorch_model.safetensors.index.json"
-    index.write_text('{"weight_map"')
-    assert "index.json is damaged" in one_line(path, capsys)
+    outside = tmp_path / "outside.safetensors"
+    write_safetensors(outside, {"conv_in.weight": torch.zeros(1)})
+    for files in ("../../outside.safetensors", str(outside), "..", 3, None, ["x"]):
+        index.write_text(json.dumps({"weight_map": {"conv_in.weight": files}}))
+        assert "index.json is damaged" in one_line(path, capsys), files
+    for text in ('{"weight_map"', '{"weight_map": []}', "{}", "[1]", "[" * 100_000, "\xff"):
+        index.write_text(text, encoding="latin-1")
+        assert "index.json is damaged" in one_line(path, capsys), text[:20]
 
 
 def test_a_folder_of_several_files_and_a_wrong_name(tmp_path, capsys):
@@ -515,6 +517,125 @@ def test_a_folder_of_several_files_and_a_wrong_name(tmp_path, capsys):
     assert "holds no unet/ and 2 checkpoint files" in one_line(tmp_path, capsys)
     line = one_line(tmp_path / "none.pt", capsys)
     assert "there is no model" in line and "mvdream-sd21" in line
+
+
+@pytest.mark.parametrize("name", ["m.ckpt", "m.bin", "m.pt", "m", "m.zip"])
+def test_the_content_decides_not_the_suffix(name, tmp_path):
+    tensors = {"x": torch.arange(3.0)}
+    # Of every length modulo 256, since a pickle begins with byte 128, and "{" may come first.
+    for length in range(0, 256, 8):
+        write_safetensors(tmp_path / name, tensors, {"k": "v" * length})
+        start = (tmp_path / name).read_bytes()[:8]
+        found, metadata = checkpoint.read_file(tmp_path / name)
+        assert torch.equal(found["x"], tensors["x"]) and metadata["k"] == "v" * length, start
+    for zipped in (True, False):
+        torch.save(tensors, tmp_path / name, _use_new_zipfile_serialization=zipped)
+        found, metadata = checkpoint.read_file(tmp_path / name)
+        assert torch.equal(found["x"], tensors["x"]) and metadata == {}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_that_is_called_safetensors(zipped, tmp_path, capsys):
+    path = tmp_path / "m.safetensors"
+    torch.save({"x": torch.zeros(3)}, path, _use_new_zipfile_serialization=zipped)
+    assert_says([str(path), "rename it to .pt"], path, capsys)
+
+
+def other_zip(path):
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("word/document.xml", "<w:document/>")
+
+
+def huge_header(path):
+    """It says that its JSON is 100 MB long, and there is so much."""
+    with open(path, "wb") as file:
+        file.write((100_000_001).to_bytes(8, "little") + b"{")
+        file.truncate(100_000_009)
+
+
+def lying_length(path):
+    path.write_bytes((2**63).to_bytes(8, "little") + b'{"x": 1}')
+
+
+def lying_offsets(path):
+    write_safetensors(path, {"x": torch.zeros(4)})
+    path.write_bytes(path.read_bytes().replace(b"[0, 16]", b"[0, 99]"))
+
+
+def script(path):
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(1, 1), torch.zeros(1)), path)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["m.pt", "m.safetensors"])
+@pytest.mark.parametrize("write", [
+    other_zip, huge_header, lying_length, lying_offsets, script, Path.touch,
+    lambda path: path.write_bytes(bytes(4096)), lambda path: path.write_bytes(b"GGUF" * 99),
+    lambda path: path.write_bytes(b"\x80"), lambda path: path.write_bytes(b"{" * 9),
+    lambda path: torch.save(None, path), lambda path: torch.save(torch.zeros(3), path),
+])
+def test_a_file_of_another_kind_or_damaged(name, write, tmp_path, capsys):
+    path = tmp_path / name
+    write(path)
+    assert_says([str(path)], path, capsys)
+
+
+@pytest.mark.parametrize("content, words", [
+    ({0: torch.zeros(3)}, ["0 is not the name of a tensor"]),
+    ({None: torch.zeros(3)}, ["None is not the name of a tensor"]),
+    ({(1, 2): torch.zeros(3)}, ["(1, 2) is not the name of a tensor"]),
+    ({"state_dict": {7: torch.zeros(3)}}, ["7 is not the name of a tensor"]),
+    ({"state_dict": None}, ["state_dict is a NoneType"]),
+    ({"state_dict": [torch.zeros(3)]}, ["state_dict is a list"]),
+    ({"state_dict": torch.zeros(3)}, ["state_dict is a Tensor"]),
+    ({"state_dict": {"state_dict": {}}}, ["'state_dict' is not a tensor"]),
+    ({"state_dict": {}}, ["is missing"]),
+    ({}, ["is missing"]),
+    ({"model": {"x": torch.zeros(3)}}, ["'model' is not a tensor"]),
+    ({layouts.PREFIXES["unet"] + "w": {"x": 3}}, ["w' is not a tensor"]),
+    ({"unet.w": torch.zeros(3, dtype=torch.int8)}, ["unet.w", "int8", "quantised"]),
+    ({"unet.w": torch.zeros(3, dtype=torch.complex64)}, ["unet.w", "complex64"]),
+    ({"unet.w": torch.eye(3).to_sparse()}, ["unet.w", "sparse"]),
+])
+@pytest.mark.filterwarnings("ignore:Validating sparse")
+def test_a_pickle_whose_content_is_no_model(content, words, tmp_path, capsys):
+    path = tmp_path / "m.pt"
+    torch.save(content, path)
+    assert_says([str(path), *words], path, capsys)
+
+
+def test_folders_and_what_is_neither_file_nor_folder(tmp_path, capsys):
+    (tmp_path / "x.safetensors").mkdir()
+    for path in (tmp_path, tmp_path / "x.safetensors"):
+        assert "holds no unet/ and no checkpoint files" in one_line(path, capsys)
+    os.mkfifo(tmp_path / "pipe.pt")
+    for name in ("pipe.pt", "no.pt", "x" * 5000, "a\0b", ""):
+        if name:
+            assert "there is no model" in one_line(str(tmp_path / name), capsys)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read all")
+def test_what_may_not_be_read_is_named_for_real(tmp_path, capsys):
+    write_safetensors(tmp_path / "m.safetensors", {"x": torch.zeros(1)})
+    (tmp_path / "m.safetensors").chmod(0)
+    assert "m.safetensors" in one_line(tmp_path / "m.safetensors", capsys)
+    tmp_path.chmod(0)
+    assert str(tmp_path) in one_line(tmp_path, capsys)
+    tmp_path.chmod(0o700)
+
+
+def test_what_may_not_be_read_is_named(tmp_path, monkeypatch, capsys):
+    """As for a user who is not root."""
+    path = tmp_path / "m.safetensors"
+    write_safetensors(path, {"x": torch.zeros(1)})
+
+    def refuse(file, mode):
+        raise PermissionError(errno.EACCES, "Permission denied", file)
+
+    monkeypatch.setattr(checkpoint, "open", refuse, raising=False)
+    assert_says([f"cannot read {path}: Permission denied"], path, capsys)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert_says([f"folder {tmp_path} may not be read"], tmp_path, capsys)
 
 
 # ---- the hub ---------------------------------------------------------------------------------
@@ -575,7 +696,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 
 def ask(monkeypatch, endpoint, cache):
-    """Let huggingface_hub ask another hub, and not wait between its attempts."""
+    """Let huggingface_hub ask another hub, whatever the environment says, and never wait."""
+    for name in list(os.environ):
+        if name.upper() in checkpoint.NETWORK:
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     asking = functools.partial(
         huggingface_hub.hf_hub_download, endpoint=endpoint, cache_dir=cache)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", asking)
@@ -635,6 +760,62 @@ def test_without_a_network(tmp_path, monkeypatch, capsys, caplog):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set" in one_line("sd21", capsys)
     assert not caplog.records
+
+
+@pytest.fixture
+def environment(monkeypatch, tmp_path):
+    """Sets what the environment says of the network, for a connection that is made anew."""
+    ask(monkeypatch, "http://127.0.0.1:9", tmp_path)
+    huggingface_hub.close_session()
+    yield monkeypatch.setenv
+    huggingface_hub.close_session()
+
+
+@pytest.mark.parametrize("name, value", [
+    ("ALL_PROXY", "socks5://127.0.0.1:9"),
+    ("all_proxy", "socks5h://127.0.0.1:9"),
+    ("ALL_PROXY", "socks4://127.0.0.1:9"),
+    ("HTTP_PROXY", "ftp://127.0.0.1:9"),
+    ("HTTP_PROXY", "garbage"),
+    ("HTTPS_PROXY", "http://127.0.0.1:port"),
+    ("HTTPS_PROXY", "http://[::1"),
+    ("HTTPS_PROXY", "http://a\x01b"),
+    ("HF_TOKEN", "ü"),
+    ("SSL_CERT_FILE", "/none"),
+])
+def test_a_network_that_is_set_up_wrong(name, value, environment, capsys):
+    environment(name, value)
+    words = [FILE, f"check what the environment says ({name})", "download it elsewhere"]
+    assert_says(words, "mvdream-sd21", capsys)
+
+
+@pytest.mark.parametrize("endpoint", [
+    "127.0.0.1:9", "hf-mirror.example", "localhost", "", "http://", "ftp://127.0.0.1:9",
+    "http://127.0.0.1:port", "http://[::1", "http://127.0.0.1:9/a/path", "http://a b",
+])
+def test_a_hub_elsewhere(endpoint, environment, tmp_path, monkeypatch, capsys):
+    """HF_ENDPOINT that is no address, or one where nobody answers."""
+    environment("HF_ENDPOINT", endpoint)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", functools.partial(
+        huggingface_hub.file_download.hf_hub_download, cache_dir=tmp_path))
+    assert_says([FILE, "environment says (HF_ENDPOINT)"], "mvdream-sd21", capsys)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("HF_ENDPOINT", "http://[::1"), ("HF_HUB_ETAG_TIMEOUT", "soon"),
+    ("HF_HUB_DOWNLOAD_TIMEOUT", "1.5"),
+])
+def test_an_environment_that_the_hub_does_not_take(name, value, environment, monkeypatch):
+    """open_clip imports it, too, so that every model needs it."""
+    environment(name, value)
+    for module in ("constants", "file_download"):
+        monkeypatch.delitem(sys.modules, f"huggingface_hub.{module}")
+        monkeypatch.delattr(huggingface_hub, module)
+    with pytest.raises(UserError, match=f"cannot import huggingface_hub .*{name}"):
+        checkpoint.import_hub("open_clip.tokenizer")
 
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -703,11 +884,59 @@ def test_flipped_bytes_never_end_in_a_traceback(tmp_path):
 def test_a_damaged_header_of_ours(tmp_path, capsys):
     write_safetensors(tmp_path / "m.safetensors", {"x": torch.zeros(1)}, {"mvd": "{"})
     assert "has a damaged header" in one_line(tmp_path / "m.safetensors", capsys)
+    for text in ("[]", "3", "null", '"x"', "[" * 100_000, "1" * 5000):
+        write_safetensors(tmp_path / "m.safetensors", {"x": torch.zeros(1)}, {"mvd": text})
+        assert "has a damaged header" in one_line(tmp_path / "m.safetensors", capsys), text[:20]
 
 
-@pytest.mark.parametrize("files", [["checkpoint.pt"], ["checkpoint.pt", "field.safetensors"]])
+def lies(header):
+    """Headers of which one value is wrong: a type, a size, something that is not there."""
+    wrong = [0, -1, 10**9, 1.5, "64", None, True, [], [0], [[1]], ["a"], {}, 1e999]
+    for part in ("unet", "vae", "text"):
+        yield {**header, part: 3}
+        yield {**header, part: None}
+        for name in header[part]:
+            yield from ({**header, part: {**header[part], name: value}} for value in wrong)
+    for name in ("size", "preset", "guidance", "suffix", "negative"):
+        yield from ({**header, name: value} for value in wrong)
+    yield {}
+
+
+def test_a_lying_header_is_refused_or_has_no_effect(tmp_path, monkeypatch):
+    """The sizes are those of the tensors, so no header can ask for a gigantic model."""
+    model = random_model(small_config())
+    model.save(tmp_path / "m.safetensors")
+    tensors, metadata = read_safetensors(tmp_path / "m.safetensors")
+    header, parts = json.loads(metadata["mvd"]), weights.convert(tensors)
+    monkeypatch.setattr(weights, "convert", lambda tensors: parts)
+    refused = 0
+    for lie in lies(header):
+        said = {"mvd": json.loads(json.dumps(lie))}
+        monkeypatch.setattr(checkpoint, "read", lambda path: (tensors, said))
+        try:
+            config, _ = read_model(tmp_path)
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error), lie
+            continue
+        for part in ("unet", "vae"):
+            ours, found = getattr(model.config, part), getattr(config, part)
+            assert found.channel_mult == ours.channel_mult, lie
+            assert found.num_res_blocks == ours.num_res_blocks, lie
+        assert config.text.layers == model.config.text.layers, lie
+        assert isinstance(config.size, int) and isinstance(config.suffix, str), lie
+    assert refused > 200
+
+
+@pytest.mark.parametrize("files", [
+    ["checkpoint.pt"], ["checkpoint.pt", "field.safetensors"], ["config.json"],
+    ["config.json", "log.jsonl", "views.safetensors", "field.safetensors"],
+])
 def test_a_run_without_a_model_is_named(files, tmp_path, capsys):
     for name in files:
         (tmp_path / name).write_bytes(b"")
     line = one_line(tmp_path, capsys)
     assert "holds no model" in line and "--resume" in line
+    if "checkpoint.pt" in files:
+        line = one_line(tmp_path / "checkpoint.pt", capsys)
+        assert "state of a run, not a model" in line and "--resume" in line

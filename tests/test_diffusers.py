@@ -7,6 +7,7 @@ import torch
 
 from layouts import SMALL, released_tensors, to_diffusers
 from mvd import MVDream, weights
+from test_model import random_model, small_config
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -155,3 +156,20 @@ def test_small_models_agree():
         getattr(model, part).load_state_dict(tensors)
     found = differences(model, build_theirs(SMALL, to_diffusers(released)))
     assert max(found.values()) < 1e-4, found
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_their_pipeline_draws_what_our_2d_mode_draws(prediction, tmp_path):
+    """From the folder that we write: names, config files, tokenizer, sampler, guidance."""
+    config = small_config()
+    config.unet.prediction = prediction
+    config.vae.scale_factor = 0.7
+    model = random_model(config)
+    model.save(tmp_path / "m", layout="diffusers")
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "m")
+    noise = torch.randn(1, 2, 8, 8, 8, generator=torch.Generator().manual_seed(5))
+    settings = {"num_inference_steps": 4, "guidance_scale": 4.0, "output_type": "pt"}
+    theirs = pipeline(["a red bulldog"] * 2, latents=noise[0].clone(), **settings).images
+    ours = model.sample("a red bulldog", mode="2d", views=2, steps=4, guidance=4.0, seed=5)
+    assert ours.std() > 0.01, "an even picture would say nothing"
+    torch.testing.assert_close(ours[0], theirs, rtol=1e-3, atol=1e-3)

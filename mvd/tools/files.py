@@ -65,6 +65,8 @@ ALIGNMENT = 64
 def write_safetensors(path, tensors, metadata=None):
     """Write {name: tensor}, of any device and layout, and metadata {str: str} for the header.
 
+    To the metadata "format": "pt" is added, without which transformers, for one, takes no file.
+
     The format is the header's length (8 bytes), the header (JSON), and the tensors' bytes. It is
     not left to the library's save_file, which aligns to 8 bytes only (a CPU then multiplies a
     mapped matrix to other last bits), copies all tensors to the CPU first, and hides a full disk.
@@ -76,7 +78,7 @@ def write_safetensors(path, tensors, metadata=None):
         return tensor.nbytes % ALIGNMENT > 0, -tensor.itemsize, name
 
     order = sorted(tensors, key=place)
-    header = {"__metadata__": metadata} if metadata else {}
+    header = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name in order:
         tensor = tensors[name]
