@@ -14,18 +14,39 @@ def test_a_device_that_is_not_there_is_named(name):
         device.choose_device(name)
 
 
-def best_device():
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
 def test_choices():
     assert device.choose_device("cpu") == CPU
-    assert device.choose_device("auto").type == best_device()
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    assert device.choose_device("auto").type == best
     assert device.choose_dtype("auto", CPU) == torch.float32
-    assert device.choose_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    assert device.choose_dtype("auto", torch.device("mps")) == torch.float32
     assert device.choose_dtype("float16", CPU) == torch.float16
+
+
+@pytest.mark.parametrize("card, capability, dtype", [
+    ("GTX 1080", (6, 1), torch.float16),
+    ("V100", (7, 0), torch.float16),
+    ("T4", (7, 5), torch.float16),
+    ("A100", (8, 0), torch.bfloat16),
+    ("RTX 4060", (8, 9), torch.bfloat16),
+    ("H100", (9, 0), torch.bfloat16),
+    ("RTX 5090", (12, 0), torch.bfloat16),
+])
+def test_cards_without_bfloat16_compute_in_float16(monkeypatch, card, capability, dtype):
+    second = torch.device("cuda:1")
+    of = {second: capability}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", of.get)
+    assert device.choose_dtype("auto", second) == dtype, f"the wrong number format on a {card}"
+    assert device.choose_dtype("bfloat16", second) == torch.bfloat16, "a flag is not obeyed"
+
+
+def test_a_mac_computes_on_its_cpu_unless_it_is_told_otherwise(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert device.choose_device("auto") == CPU
+    assert device.choose_device("mps") == torch.device("mps")
+    with pytest.raises(UserError, match="there is: cpu, mps"):
+        device.choose_device("cuda")
 
 
 def test_a_name_without_a_number_is_the_first(monkeypatch):

@@ -20,12 +20,14 @@ from .errors import UserError
 def choose_device(name):
     """Return the torch.device of that name: "cpu", "cuda", "cuda:1", "mps".
 
-    "auto" is the best one available. Raises UserError if the device is not available.
+    "auto" is the first GPU of CUDA, else the CPU. A Mac's GPU must be named: nobody has tried it,
+    it has no float64, and its AdamW takes steps that it is told to skip. Raises UserError if the
+    device is not available.
     """
     available = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    available.append("cpu")
     if torch.backends.mps.is_available():
         available.append("mps")
-    available.append("cpu")
     if name == "auto":
         name = available[0]
     # CUDA needs to know which one.
@@ -41,10 +43,18 @@ def choose_device(name):
 
 
 def choose_dtype(name, device):
-    """Return the torch.dtype of that name; "auto" is bfloat16 on CUDA, else float32."""
-    if name == "auto":
-        name = "bfloat16" if device.type == "cuda" else "float32"
-    return getattr(torch, name)
+    """Return the torch.dtype of that name for a model that does not learn.
+
+    "auto" is bfloat16 on CUDA, float16 on a card that only emulates bfloat16 (all before Ampere),
+    else float32. float16 is the more exact of the two, but its numbers end at 65504; the largest
+    that the shipped model meets is 160.
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type != "cuda":
+        return torch.float32
+    ampere = torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if ampere else torch.float16
 
 
 def tune_cuda(tf32):
