@@ -240,13 +240,7 @@ def distill(s, prompts, model, out, state=None):
     run.truncate_log(out / "log.jsonl", start + 1)
     cli.print_changes(s, *presets.settings_for("distill", model.config))
 
-    # A visit to the occupancy grid, everywhere or not, is a CUDA graph of its own.
-    visits = {}
-    for everywhere in (True, False):
-        visit = partial(
-            distillation.occupancy.update, distillation.nerf.density, s.step_size, everywhere
-        )
-        visits[everywhere] = GraphedStep(visit, device)
+    visits = occupancy_visits(distillation)
     show_every = s.show_every or max(FIRST_LOOK, s.steps // 20)
     can_be_compiled = s.compile and s.steps >= COMPILE_FROM and can_compile(device)
     coarse, fine = sds.stages(s)
@@ -285,6 +279,20 @@ def distill(s, prompts, model, out, state=None):
             if stop:
                 break
     return distillation, done, interrupted.code
+
+
+def occupancy_visits(distillation):
+    """{everywhere or not: a visit to the occupancy grid}; on a GPU each is a CUDA graph."""
+    visits = {}
+    for everywhere in (True, False):
+        visit = partial(
+            distillation.occupancy.update,
+            distillation.nerf.density,
+            distillation.s.step_size,
+            everywhere,
+        )
+        visits[everywhere] = GraphedStep(visit, distillation.device)
+    return visits
 
 
 def check_step(out, done, result):

@@ -248,7 +248,7 @@ def test_a_csv_table_gives_the_captions(tmp_path):
 
 
 def test_a_table_names_files_that_a_mac_has_taken_apart(tmp_path):
-    """é is one letter here, and an e with an accent there; where both are there, each is its own."""
+    """é is one letter here, an e with an accent there; where both are there, each is its own."""
     write(tmp_path, {
         "a/metadata.jsonl": '{"file_name": "café.png", "text": "composed"}\n'
                             '{"file_name": "e\u0301.png", "text": "apart"}\n'

@@ -31,8 +31,8 @@ SUFFIXES = (
 UNREADABLE = (
     ".heic", ".heif", ".hif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf",
     ".rw2", ".psd", ".svg", ".exr", ".hdr")
-# What is tried, the commonest first; an old Pillow lacks some. It knows others, and runs Ghostscript
-# for one of them.
+# What is tried, the commonest first; an old Pillow lacks some. It knows others, and runs another
+# program, Ghostscript, for one of them.
 KINDS = "JPEG PNG WEBP GIF BMP TIFF AVIF JPEG2000 PPM ICO QOI TGA".split()
 Image.init()
 FORMATS = [kind for kind in KINDS if kind in Image.OPEN]
