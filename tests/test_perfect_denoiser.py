@@ -4,13 +4,12 @@ In place of the UNet stands a function that knows the object and the cameras. It
 the noise that separates x_t from the object's own pictures. The result is compared with renders
 of the object, from sides chosen here.
 """
-import types
-
 import torch
 import torch.nn.functional as F
 
 import distill
 from mvd import cameras, diffusion, render, sds
+from mvd.presets import ModelConfig
 from mvd.toyworld import shapes, tracer
 
 SIZE = 32
@@ -37,7 +36,7 @@ class PerfectModel:
     """
 
     def __init__(self):
-        self.config = types.SimpleNamespace(size=SIZE, preset="tiny")
+        self.config = ModelConfig(size=SIZE, preset="tiny")
         self.device = torch.device("cpu")
         self.solids = shapes.build("bulldog", "crown", [7])
         self.palette = shapes.palette(["red"])
