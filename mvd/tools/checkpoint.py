@@ -13,6 +13,7 @@ import os
 import pickle
 import re
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -284,7 +285,9 @@ def read_file(path):
         # torch.load would take the suffix's word for it.
         if path.suffix == ".safetensors":
             raise ValueError("it is a zip or a pickle with a wrong name: rename it to .pt")
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of archives and tensors that are refused below
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)|class (\S+)", str(error))
         what = named[1] or named[2] if named else "objects"

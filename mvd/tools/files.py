@@ -112,7 +112,8 @@ def read_safetensors(path):
         # The library says of a file that may not be read that it is not there.
         with open(path, "rb"), safetensors.safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-            return tensors, file.metadata() or {}
+            # The library gives the header's entries in an order that changes.
+            return tensors, dict(sorted((file.metadata() or {}).items()))
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
     except PermissionError:
