@@ -12,11 +12,12 @@ from pathlib import Path
 
 # The tests, and the processes that they start, see the same whatever is set outside: another
 # model hub or none, proxies, warnings that are hidden or errors, a place among torchrun's ranks.
+OUTSIDE = (
+    "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "PYTHONWARNINGS", "PYTHONOPTIMIZE",
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+)
 for name in list(os.environ):
-    if name.upper().startswith(("HF_", "PYTHONWARNINGS", "TORCHELASTIC_")) or name.upper() in (
-        "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "RANK", "WORLD_SIZE", "LOCAL_RANK",
-        "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
-    ):
+    if name.upper() in OUTSIDE or name.startswith(("HF_", "TORCHELASTIC_")):
         del os.environ[name]
 # In the background of a shell Ctrl-C is ignored, also by what is started there.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -26,6 +27,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 
+# What these helpers assert is checked even where Python leaves assertions out (-O).
+pytest.register_assert_rewrite("layouts", "rendered", "scripts", "small_judge", "toy_data")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 # The tensors of the tests are small: several threads would only wait for each other.
 torch.set_num_threads(1)
