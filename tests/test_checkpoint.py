@@ -291,7 +291,7 @@ print((memory("VmHWM") - before) / size, (memory("RssAnon") - anonymous) / size)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("name", ["m.pt", "m.safetensors"])
+@pytest.mark.parametrize("name", ["m.pt", pytest.param("m.safetensors", marks=pytest.mark.slow)])
 def test_loading_takes_no_more_memory_than_the_file(name, tmp_path):
     config = copy.deepcopy(layouts.SMALL)
     # 300 MB, beside which the rest is small.

@@ -67,6 +67,7 @@ def test_samples_of_a_perfect_model(monkeypatch, capsys):
         assert 0.6 < line["variety"] < 1.6
 
 
+@pytest.mark.slow
 def test_the_consistency_of_a_perfect_model_is_the_ceiling(monkeypatch, capsys):
     """Its eight views are asked for beside the four that are judged."""
     def sample(prompts, elevation, seed, views):
