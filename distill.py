@@ -54,7 +54,7 @@ FIRST_LOOK = 20
 # A run of fewer steps is too short to make up for compiling.
 COMPILE_FROM = 1000
 # Settings that may differ when a run is resumed.
-MAY_CHANGE = ("save_every", "show_every", "compile", "mesh_size")
+MAY_CHANGE = ("save_every", "show_every", "compile", "mesh_size", "density_threshold")
 
 
 def preset_settings(flags):
@@ -86,20 +86,20 @@ def view_from(distillation, azimuths, size, *, normals=False, elevation=15.0, fo
     return views, dict(elevation=elevation, azimuth=azimuths, fov=fov, distance=distance)
 
 
-def show_progress(distillation, step, out, done):
+def show_progress(distillation, result, out, done):
     """Write progress/<step>.png: a row per view, and the method from left to right.
 
     The columns are the render; the same with noise, x_t; what the model takes it for, x̂_0; and
     the difference of this and the render, which the field is to follow (grey: none). x_t and x̂_0
-    are latents, which are decoded. step: the sds.Step that was just taken; of its first set.
+    are latents, which are decoded. result: the sds.Step that was just taken; of its first set.
     """
     s, model = distillation.s, distillation.model
-    latents = torch.cat([step.x_t[:1], step.x0_hat[:1]])  # [2, V, c, h, w]
+    latents = torch.cat([result.x_t[:1], result.x0_hat[:1]])  # [2, V, c, h, w]
     # Not worth compiling a decoder for.
     with torch.no_grad(), without_cudnn_search(), torch.compiler.set_stance("force_eager"):
         noisy, believed = model.decode(latents).float()
-    render = step.images[0].float()
-    columns = torch.stack([render, noisy, believed, believed - render], 1)  # [V, 4, 3, H, W]
+    rendered = result.images[0].float()
+    columns = torch.stack([rendered, noisy, believed, believed - rendered], 1)  # [V, 4, 3, H, W]
     shown = (columns / 2 + 0.5).clamp(0, 1).flatten(0, 1)
     shown = torch.nn.functional.interpolate(shown, model.config.size // 2, mode="area")
     pictures.save_png(out / "progress" / f"{done:06d}.png", pictures.grid(shown, 4))
@@ -179,9 +179,9 @@ def write_results(distillation, out, size, done):
         distillation, [10.0 * i for i in range(36)], size, normals=True
     )
     pictures.save_turntable(out / "turntable.webp", turned.rgb)
-    shape = pictures.normal_picture(turned.normal, turned.opacity)
+    turned_normals = pictures.normal_picture(turned.normal, turned.opacity)
     # Side by side: the page turns both together.
-    frames = torch.cat([turned.rgb, shape], -1)
+    frames = torch.cat([turned.rgb, turned_normals], -1)
 
     nerf = distillation.nerf
     config = json.dumps(asdict(nerf.config))

@@ -335,9 +335,9 @@ def finetune(model, subject, s, out, state=None, *, show=None):
 
 
 def check_step(out, done, measured):
-    """Raise UserError if the loss of a step, or how far it has led, is not finite."""
-    loss, _, _, _, distance, _, _ = measured.tolist()
-    run.check_finite(out, done, IF_LOST, loss=loss, distance=distance)
+    """Raise UserError if the loss of a step, or the gradient that it moved along, is not finite."""
+    loss, _, _, _, _, gradient, _ = measured.tolist()
+    run.check_finite(out, done, IF_LOST, loss=loss, gradient=gradient)
 
 
 def log_row(means, strength):

@@ -75,8 +75,8 @@ def predict_noise(unet, x_t, t, context, camera=None):
     """ε_θ(x_t; y, c, t), float32: the only place that calls the network.
 
     So this is the place that knows what the network predicts: the noise, or (`predicts_v`)
-    v = sqrt(ᾱ_t) ε - sqrt(1 - ᾱ_t) x_0 (Salimans & Ho 2022), which implies the noise. Samplers,
-    distillation and training know only the noise.
+    v = sqrt(ᾱ_t) ε - sqrt(1 - ᾱ_t) x_0 (Salimans & Ho 2022), which implies the noise. Samplers
+    and distillation know only the noise; of training only `squared_errors` asks.
 
     x_t [B, V, c, h, w], t [B], context [B, L, D], camera [B, V, 16] or None for the 2D mode.
     """

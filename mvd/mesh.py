@@ -273,8 +273,8 @@ def smooth(vertices, faces, rounds=10):
     """The vertices without the bumps that are as small as a face: [M, 3] float32.
 
     vertices [M, 3], faces [F, 3]: a closed mesh. In a round each vertex goes half of the
-    way to the mean of its neighbours, which smooths and shrinks; then it goes 0.53 of the
-    way back from the mean of theirs, which undoes the shrinking (Taubin). A ripple of
+    way to the mean of its neighbours, which smooths and shrinks; then it goes away
+    from their new mean, by 0.53 of the distance, which undoes the shrinking (Taubin). A ripple of
     which the means are 1 - k times the ripple is multiplied by (1 - 0.5 k) (1 + 0.53 k)
     per round: about 1 for the large shapes, where k is near 0, and far less for the small.
     """

@@ -64,7 +64,7 @@ def read_model(path):
 
 
 def told_config(said, parts):
-    """The ModelConfig that a checkpoint tells beside its tensors, where need be MVDream's."""
+    """The ModelConfig that a checkpoint states beside its tensors; MVDream's where it is silent."""
     if "mvd" in said:
         try:
             return presets.from_header(said["mvd"])
@@ -303,7 +303,7 @@ class MVDream(nn.Module):
         list of time steps, as tqdm does.
 
         Noise is drawn on the CPU: a seed gives the same picture on every device. Raises UserError
-        for an empty prompt, steps outside 1..1000, a seed that is none (`check_seed`), or a size
+        for an empty prompt, steps outside 1..1000, a seed that `check_seed` refuses, or a size
         that the networks cannot halve.
         """
         generator = torch.Generator().manual_seed(check_seed(seed))

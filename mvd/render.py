@@ -334,7 +334,7 @@ def smoothness_loss(nerf, points, offsets):
     """How far surfaces turn within a small distance: the mean of ‖n(x) - n(x + δ)‖², [].
 
     points x, offsets δ [P, 3]; n: the field's unit normals. With points of `draw_seen_points` it
-    is the mean over what is seen, as sum of w ‖n(x) - n(x + δ)‖² / sum of w over all samples.
+    estimates Σ w ‖n(x) - n(x + δ)‖² / Σ w over all samples, w their weights.
     """
     here, beside = nerf.normals(torch.cat([points, points + offsets])).chunk(2)
     return ((here - beside) ** 2).sum(-1).mean()

@@ -27,7 +27,7 @@ NEGATIVE = (
 )
 # Weight of the orientation loss: at first, and from `shading_from` on, with a line between them.
 ORIENTATION = (10.0, 1000.0)
-# Of the smoothness loss: the deviation of the distance over which normals are compared.
+# Of the smoothness loss: the standard deviation of the offset δ, along each axis.
 NEARBY = 0.02
 # Of random cameras (MVDream, appendix): degrees, degrees, and multiples of 1 / tan(fov/2).
 ELEVATION = (0.0, 30.0)
@@ -39,8 +39,9 @@ DISTANCE = (0.8, 1.0)
 class DistillSettings:
     """The flags of distill.py. The defaults are the released ones, for the full-size model.
 
-    But the budgets of samples, and the finer occupancy grid, are ours. The flags stand here since
-    `Distillation` and bench.py read them. A model's preset may change them (`presets.py`).
+    But the smoothness, the budgets of samples and the finer occupancy grid are ours. The flags
+    stand here since `Distillation` and bench.py read them. A model's preset may change them
+    (`presets.py`).
     """
     prompt: str = setting(help="what to make, in quotes", positional=True)
     model: str = setting("tiny", "tiny, mvdream-sd21, sd21, or the path of a checkpoint")
@@ -392,7 +393,7 @@ class Distillation:
         return images, seen.opacity.detach().mean(), self.penalty(seen, directions, draws)
 
     def penalty(self, seen, directions, draws):
-        """What is asked of the shape itself: orientation, with shading, and smoothness; [].
+        """The weighted losses on the shape itself, []: orientation (with shading) and smoothness.
 
         The smoothness is ours: what the model judges are latents, for which a rough surface in the
         right colours will do.

@@ -394,6 +394,8 @@ def main(argv=None):
             "name the folders of runs, or say how many captions to sample: --samples 8")
     if flags.shape and (flags.clip or not flags.runs):
         raise UserError("--shape judges the folders of runs, by the world's renders, not by CLIP")
+    if flags.runs and (flags.variety or flags.consistency):
+        raise UserError("--variety and --consistency go with --samples")
     device = choose_device(flags.device)
     if flags.runs:
         reports = judge_runs(flags, device)

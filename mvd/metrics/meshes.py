@@ -20,7 +20,8 @@ from ..cameras import orbit
 from ..tools.errors import UserError
 from ..toyworld.solids import signed_distance
 
-# Cells along a side of the box [-1, 1]^3 or of a real instance's cube: as many as distill.py takes.
+# Cells along a side of the box [-1, 1]^3 or of a real instance's cube: as many as distill.py
+# takes by default.
 CELLS = 128
 
 
@@ -63,7 +64,7 @@ def real_mesh(thing, seed, edge, device="cpu"):
     distance = [signed_distance(shapes, chunk) for chunk in points.split(2 ** 17, dim=2)]
     distance = torch.cat(distance, 1).view(CELLS, CELLS, CELLS)
     vertices, faces = mesh.marching_tetrahedra(-distance.cpu(), 0.0)
-    # As `mesh.extract` does.
+    # Specks go, as in `mesh.extract`; a real surface needs no merging or smoothing.
     vertices, faces = mesh.drop_specks(vertices, faces)
     return ((vertices + 0.5) / CELLS - 0.5) * edge, faces
 

@@ -159,7 +159,7 @@ def converter(kind, rules):
     def convert(text):
         value = kind(text)
         if kind is not str and not (low <= value <= high and abs(value) < math.inf):
-            bounds = []
+            bounds = [] if abs(value) < math.inf else ["finite"]
             if low > -math.inf:
                 bounds.append(f"at least {low}")
             if "max" in rules or value > high:
@@ -344,7 +344,8 @@ def handlers(functions):
 
     Afterwards they do what they did before, but a signal that is ignored by then stays so: a
     script that SIGTERM has told to end may be told again, by torchrun for example. One that is
-    ignored already (nohup) or belongs to a program round Python is left alone.
+    ignored already (SIGINT, for what a script starts with &) or belongs to a program round Python
+    is left alone.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -26,17 +26,18 @@ class Settings:
     out: str = cli.setting(
         positional=True, help="the file (.safetensors, .pt or .ckpt) or folder to write")
     layout: str = cli.setting("mvdream", choices=tuple(LAYOUTS), help="whose names")
-    dtype: str = cli.setting("auto", choices=DTYPES, help="of the numbers; auto: as they are")
+    dtype: str = cli.setting("auto", choices=DTYPES, help="of the numbers; auto: the UNet's own")
 
 
 def main(argv=None):
     s = cli.parse(Settings, argv, __doc__)
     if Path(s.out).exists():
         raise UserError(f"{s.out} is there already; choose another name")
-    dtype = getattr(torch, s.dtype, None)
-    if dtype is None:
+    if s.dtype == "auto":
         _, parts = read_model(find_file(s.model))
         dtype = parts["unet"]["conv_out.weight"].dtype
+    else:
+        dtype = getattr(torch, s.dtype)
     model = MVDream.load(s.model)
     make_folder(s.out)
     model.save(s.out, dtype, s.layout)

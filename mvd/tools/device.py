@@ -164,8 +164,8 @@ EAGER_CALLS = 3
 class GraphedStep:
     """A step that is captured as a CUDA graph, so that launching its kernels costs nothing.
 
-    step: a function of tensors that trains or predicts, and returns a tensor or None. Its
-    shapes must not change, and it must never wait for the device.
+    step: a function of tensors that trains or predicts, and returns a tensor, a tuple of them or
+    None. Its shapes must not change, and it must never wait for the device.
 
     On CUDA the first EAGER_CALLS calls run eagerly, as the allocator, the compiler and the
     optimizer's state need. Then the step is captured. From then on a call copies its arguments

@@ -115,7 +115,7 @@ def starting(out):
         yield
     except (Exception, KeyboardInterrupt, SystemExit):
         if parallel.is_first() and not _has_steps(out):
-            for name in ("config.json", "log.jsonl"):
+            for name in ("config.json", "log.jsonl", "index.html"):
                 (out / name).unlink(missing_ok=True)
             # A folder that holds something else stays.
             with contextlib.suppress(OSError):

@@ -31,5 +31,5 @@ def others_at_work(path="/proc/loadavg"):
 
 def choose_how_to_wait():
     """Let threads sleep while they wait, if others want a quarter of the cores or more."""
-    if 4 * others_at_work() >= os.cpu_count():
+    if 4 * others_at_work() >= (os.cpu_count() or 1):
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
