@@ -66,7 +66,7 @@ def test_one_bit_of_a_value_changes_half_of_the_bits():
     for bit in (0, 17, 40, 63):
         flipped = values ^ torch.tensor(1 << bit if bit < 63 else -(2**63))
         difference = hashed(3, values) ^ hashed(3, flipped)
-        each = torch.stack([shifted(difference, k) & 1 for k in range(64)])
+        each = torch.stack([(difference >> k) & 1 for k in range(64)])
         share = each.double().mean(1)
         assert (share - 0.5).abs().max() < 0.1, f"of bit {bit} some bits know too much or nothing"
 
