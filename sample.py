@@ -57,10 +57,10 @@ class SampleSettings:
     sampler: str = setting("ddim", "sampler", choices=("ddim", "ddpm"))
     eta: float = setting(0.0, "noise that DDIM adds back", min=0, max=1)
     seed: int = setting(0, "of the noise", min=0)
-    device: str = setting("auto", "cuda, mps or cpu; auto takes the best")
+    device: str = setting("auto", "cuda, cpu, or mps (untested); auto: cuda, else cpu")
     dtype: str = setting(
         "auto",
-        "auto: bfloat16 on cuda, else float32",
+        "auto: bfloat16 on cuda (float16 before Ampere), else float32",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
 

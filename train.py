@@ -136,7 +136,7 @@ class TrainSettings:
         2500, "steps between sample grids; a shorter run draws none", min=1
     )
     save_every: int = setting(2500, "steps between checkpoints", min=1)
-    device: str = setting("auto", "cuda, mps or cpu; auto takes the best")
+    device: str = setting("auto", "cuda, cpu, or mps (untested); auto: cuda, else cpu")
     seed: int = setting(0, "of everything random", min=0)
     resume: bool = setting(False, "go on from the checkpoint in --out")
 

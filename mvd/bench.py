@@ -55,7 +55,7 @@ class BenchSettings:
     model: str = setting(
         "tiny", "tiny, sd21 (random weights of the full size), or the path of a checkpoint"
     )
-    device: str = setting("auto", "cuda, mps or cpu; auto takes the best")
+    device: str = setting("auto", "cuda, cpu, or mps (untested); auto: cuda, else cpu")
     dtype: str = setting(
         "auto",
         "of the model; auto: bfloat16 on cuda, else float32",

@@ -50,10 +50,10 @@ class DistillSettings:
     )
     out: str | None = setting(None, "folder of the run (default: runs/<prompt>)")
     resume: bool = setting(False, "go on from the run's checkpoint")
-    device: str = setting("auto", "cuda, mps or cpu; auto takes the best")
+    device: str = setting("auto", "cuda, cpu, or mps (untested); auto: cuda, else cpu")
     dtype: str = setting(
         "auto",
-        "of the model; auto: bfloat16 on cuda, else float32",
+        "of the model; auto: bfloat16 on cuda (float16 before Ampere), else float32",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     seed: int = setting(0, "of everything random", min=0)

@@ -384,7 +384,7 @@ def main(argv=None):
         help="let CLIP judge, by any prompts, instead of the world's renders")
     add("--shape", action="store_true",
         help="with runs: judge their surfaces instead of their colours, by normals and mesh")
-    add("--device", default="auto", help="cuda, mps or cpu; auto takes the best")
+    add("--device", default="auto", help="cuda, cpu, or mps (untested); auto: cuda, else cpu")
     add("--seed", type=cli.converter(int, {"min": 0}), default=0,
         help="of captions, noise and real renders")
     add("--json", action="store_true", help="one JSON object per line instead of a table")

@@ -298,7 +298,7 @@ def main(argv=None):
     add("--run", help="folder of distill.py: judge the object")
     add("--samples", type=cli.converter(int, {"min": 1}), default=4,
         help="with --model: samples of each prompt")
-    add("--device", default="auto", help="cuda, mps or cpu; auto takes the best")
+    add("--device", default="auto", help="cuda, cpu, or mps (untested); auto: cuda, else cpu")
     flags = parser.parse_args(argv)
     subject = Subject(flags.subject, flags.instance)
     device = choose_device(flags.device)
