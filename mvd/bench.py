@@ -58,7 +58,7 @@ class BenchSettings:
     device: str = setting("auto", "cuda, cpu, or mps (untested); auto: cuda, else cpu")
     dtype: str = setting(
         "auto",
-        "of the model; auto: bfloat16 on cuda, else float32",
+        "of the model; auto: bfloat16 on cuda (float16 before Ampere), else float32",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     compile: bool = setting(True, "fuse operations by torch.compile, on a GPU")
