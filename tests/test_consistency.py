@@ -30,6 +30,7 @@ def in_turns(views, other):
     return mixed
 
 
+@pytest.mark.slow
 def test_two_things_in_turn_are_less_consistent_than_one():
     real = car()
     sets = [real, real.roll(2, 1), in_turns(real, car(seed=5)), in_turns(real, car("yellow"))]

@@ -429,6 +429,7 @@ def test_resolution_light_and_orientation_follow_the_schedule(start, monkeypatch
     assert seen == [(8, 2, 0, 10), (8, 2, 0, 505), (16, 1, 1, 1000), (16, 1, 1, 1000)]
 
 
+@pytest.mark.slow
 def test_the_compiler_takes_over_after_the_first_picture(start, monkeypatch, tmp_path):
     """Dynamo traces as it would on a GPU, and its eager backend gives the numbers.
 

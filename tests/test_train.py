@@ -234,7 +234,8 @@ def test_from_stable_diffusion_only_the_unet_learns(start, tmp_path, monkeypatch
         assert start("killed", *init, "--resume") == whole
 
 
-@pytest.mark.parametrize("steps", [pytest.param(0, marks=pytest.mark.slow), 6])
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [0, 6])
 def test_the_decoder_can_learn_without_the_encoder(start, first, tmp_path, monkeypatch, steps):
     """--init and --vae-steps: what makes the latents stays to the bit, and so does the text tower.
 
