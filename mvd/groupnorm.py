@@ -19,6 +19,7 @@ class GroupNorm(nn.GroupNorm):
     """
 
     def forward(self, x):
+        """x [N, C, h, w] -> normalised x, of the same shape (Wu & He 2018, eq. 1)."""
         if torch.compiler.is_compiling():
             return self.written_out(x.float())
         weight = self.weight.to(x.dtype)

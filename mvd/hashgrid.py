@@ -124,6 +124,7 @@ class Lookup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        """grad [..., 2] -> the gradient of the table [T, 2]; the index has none."""
         index = ctx.saved_tensors[0].flatten()
         grad = grad.reshape(-1, FEATURES)
         if not pairs_are_complex(grad):
@@ -196,6 +197,7 @@ class HashGrid(nn.Module):
         self.register_buffer(name, value, persistent=False)
 
     def forward(self, x):
+        """x [N, 3] in [0, 1] -> features [N, F] (Instant NGP §3)."""
         corners, weights, _ = self.corners(x)
         wx, wy, wz = weights
         along_x = (wx * corners).sum(2)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .latents import encode_posteriors, on_grey, posteriors_of, sample_posterior, token_table
+from .latents import encode_posteriors, posteriors_of, sample_posterior, token_table
 from .loader import Request, batches
 from .order import Dice, hashed, items_at, uniform
 

@@ -21,6 +21,7 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 @dataclass
 class Settings:
+    """The flags of this command."""
     model: str = cli.setting(
         positional=True, help="tiny, a file, a diffusers folder or the folder of a run")
     out: str = cli.setting(
@@ -30,6 +31,7 @@ class Settings:
 
 
 def main(argv=None):
+    """The command: a model -> OUT with the names of --layout. Raises UserError."""
     s = cli.parse(Settings, argv, __doc__)
     if Path(s.out).exists():
         raise UserError(f"{s.out} is there already; choose another name")
