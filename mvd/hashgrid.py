@@ -239,11 +239,16 @@ class HashGrid(nn.Module):
         position = x.T[:, None] * self.cells + 0.5  # [3, levels, N]
         cell = position.detach().floor()
         fraction = position - cell
-        corners = Lookup.apply(self.table, self.index(cell))
+        index = self.index(cell)
         weights = torch.stack([1 - fraction, fraction], 1)  # [3, 2, levels, N]
         slopes = torch.stack([-self.cells, self.cells])  # [2, levels, 1]
-        if pairs_are_complex(corners):
+        if pairs_are_complex(x):
+            corners = Lookup.apply(self.table, index)
             return torch.view_as_complex(corners), weights, slopes
+        # On a GPU the corners of a point come one after another, since many of them are neighbours
+        # in the table; points one after another would all add to the same entry at once.
+        index = index.permute(3, 4, 0, 1, 2).contiguous()  # [levels, N, 2, 2, 2]
+        corners = Lookup.apply(self.table, index).permute(2, 3, 4, 0, 1, 5)
         return corners, weights[..., None], slopes[..., None]
 
     def index(self, cell):

@@ -82,7 +82,7 @@ TINY = Preset(
         guidance=4.0,
     ),
     distill=dict(
-        steps=400,
+        steps=300,
         save_every=25,
         guidance=5.0,
         t_max=0.3,
@@ -98,7 +98,7 @@ TINY = Preset(
         # It was trained on grey backgrounds.
         random_background=1.0,
         grey_background=True,
-        smoothness=14.0,
+        smoothness=12.0,
         smooth_points=512,
         levels=8,
         log2_entries=15,

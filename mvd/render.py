@@ -140,8 +140,8 @@ def march_rays(occupancy, origins, directions, *, step, jitter):
     origins, directions [R, 3], of unit length; step: a number; jitter [R] in [0, 1): how far behind
     the wall of the box a ray looks first, as a share of a step. Returns
       first [R]: distance of the first look;
-      counts [R * K] int32: the running count of such steps, over all rays in order. Every ray has K
-        steps, as many as the longest way through the box can take.
+      counts [R, K] int16: the running count of such steps along each ray. Every ray has K steps, as
+        many as the longest way through the box can take.
     """
     size = occupancy.size
     steps = math.ceil(DIAGONAL / step)
@@ -157,7 +157,7 @@ def march_rays(occupancy, origins, directions, *, step, jitter):
     at_least = torch.where(occupancy.occupied(step), at_least, -1.0)  # [size³]
 
     rows = AT_ONCE // steps
-    wanted = []
+    counts = []
     for begin in range(0, len(origins), rows):
         part = slice(begin, begin + rows)
         cell = cells_along(start[part], along[part], k, size)  # [r, K]
@@ -166,9 +166,9 @@ def march_rays(occupancy, origins, directions, *, step, jitter):
         inside = distance < far[part, None]
         solid = depth.clamp(min=0)
         before = solid.cumsum(-1) - solid
-        wanted.append((depth >= 0) & inside & (before < OPAQUE))
-    counts = torch.cat(wanted).flatten().cumsum(0, dtype=torch.int32)
-    return first, counts
+        wanted = (depth >= 0) & inside & (before < OPAQUE)
+        counts.append(wanted.cumsum(-1, dtype=torch.int16))
+    return first, torch.cat(counts)
 
 
 def cells_along(start, along, k, size):
@@ -199,26 +199,41 @@ def select_samples(origins, directions, first, counts, *, step, budget, phase):
     So every step has the same chance, the chosen ones lie evenly among all, and the expected
     optical depth of any stretch of a ray stays what it was.
 
-    first [R] and counts [R * K] as `march_rays` returns them; phase [], a tensor in [0, 1).
+    first [R] and counts [R, K] as `march_rays` returns them; phase [], a tensor in [0, 1).
     """
-    n = counts[-1]
-    steps = len(counts) // len(origins)
+    ends = counts[:, -1].cumsum(0, dtype=torch.int32)  # [R]: of the rays up to this one
+    n = ends[-1]
     # Over how many steps the slots are spread: n or, if that is more, the budget. Integers are
     # exact, and no shape depends on n.
     spread = n.clamp(min=budget).long()
-    offset = (phase.double() * spread).long()
+    offset = (phase * 2**24).long() * spread >> 24
     slot = torch.arange(budget, device=n.device)
-    index = (slot * spread + offset) // budget
-    # wanted[index] is where the running count reaches index + 1.
-    ray_and_step = torch.searchsorted(counts, (index + 1).to(torch.int32), out_int32=True)
-    ray_and_step = ray_and_step.clamp(max=len(counts) - 1)
+    index = ((slot * spread + offset) // budget).to(torch.int32)
+    ray = torch.searchsorted(ends, index, right=True, out_int32=True)
+    ray = ray.clamp(max=len(ends) - 1)
+    before = ends[ray] - counts[ray, -1]
+    k = find_in_row(counts, ray, index - before + 1)
 
-    ray = ray_and_step // steps
-    distance = first[ray] + (ray_and_step % steps) * step
+    distance = first[ray] + k * step
     position = torch.addcmul(origins[ray], directions[ray], distance[:, None])
     used = index < n
     width = used * (spread / budget * step).to(distance.dtype)
     return Samples(ray, position, distance, width)
+
+
+def find_in_row(counts, row, wanted):
+    """Where counts [R, K], which grow along each row, reach `wanted` [S] in the rows `row` [S]: [S].
+
+    The last place if they do not. By halving: `torch.searchsorted` would copy the rows.
+    """
+    last = counts.shape[1] - 1
+    place = torch.zeros_like(row)
+    stride = 1 << last.bit_length()
+    while stride > 1:
+        stride //= 2
+        further = (place + stride).clamp(max=last)
+        place = torch.where(counts[row, further - 1] < wanted, further, place)
+    return place
 
 
 def sample_rays(occupancy, origins, directions, *, step, budget, jitter, phase):
@@ -423,7 +438,7 @@ def render_views(nerf, occupancy, c2w, fov_deg, size, *, background, step, norma
     for o, d in zip(origins.split(chunk), directions.split(chunk)):
         middle = o.new_full((len(o),), 0.5)
         first, counts = march_rays(occupancy, o, d, step=step, jitter=middle)
-        budget = max(int(counts[-1]), 1)
+        budget = max(int(counts[:, -1].sum()), 1)
         samples = select_samples(
             o, d, first, counts, step=step, budget=budget, phase=o.new_zeros(()))
         behind = nerf.background(d) if background is None else background

@@ -28,7 +28,7 @@ NEGATIVE = (
 # Weight of the orientation loss: at first, and from `shading_from` on, with a line between them.
 ORIENTATION = (10.0, 1000.0)
 # Of the smoothness loss: the standard deviation of the offset δ, along each axis.
-NEARBY = 0.02
+NEARBY = 0.04
 # Of random cameras (MVDream, appendix): degrees, degrees, and multiples of 1 / tan(fov/2).
 ELEVATION = (0.0, 30.0)
 FOV = (15.0, 60.0)

@@ -7,6 +7,7 @@ have a standard deviation near 1; this file does not scale (`MVDream.encode` doe
 """
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -107,7 +108,8 @@ class DownLevel(nn.Module):
         if self.downsample is None:
             return x
         # Padded on the right and below only, as the released weights were trained.
-        return self.downsample(F.pad(x, (0, 1, 0, 1)))
+        x = F.pad(x, (0, 1, 0, 1)).contiguous(memory_format=torch.channels_last)
+        return self.downsample(x)
 
 
 class UpLevel(nn.Module):

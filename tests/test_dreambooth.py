@@ -425,16 +425,20 @@ def test_every_script_takes_the_result_and_v(start, tmp_path, monkeypatch):
         asked.extend(prompt)
         return torch.zeros(1, 4, 3, 8, 8)
 
-    def distilled(s, prompts, *_):
+    def embedded(self, prompts):
         asked.append(prompts[0])
+        return torch.zeros(len(prompts), 1, 1)
+
+    def distilled(*_):
         raise Killed
 
     monkeypatch.setattr(MVDream, "sample", draw)
+    monkeypatch.setattr(MVDream, "embed", embedded)
     monkeypatch.setattr(distill, "distill", distilled)
     flags = ["a [v] bulldog", "--model", str(tmp_path / "dog")]
     sample.main([*flags, "--out", str(tmp_path / "x.png")])
     with pytest.raises(Killed):
-        distill.main([*flags, "--negative", "", "--out", str(tmp_path / "3d")])
+        distill.main([*flags, "--negative", "", "--out", str(tmp_path / "3d"), "--suffix", ""])
     assert asked == ["a ucd bulldog"] * 2
     config = json.loads((tmp_path / "3d" / "config.json").read_text())
     assert config["prompt"] == "a [v] bulldog"

@@ -99,8 +99,8 @@ def test_a_perfect_denoiser_rebuilds_its_object(monkeypatch, tmp_path):
         lr=0.01,
         occupancy_every=8,
     )
-    prompts = s.prompt, s.negative
-    distillation, done, _ = distill.distill(s, prompts, model, tmp_path)
+    context = model.embed([s.prompt, s.negative])
+    distillation, done, _ = distill.distill(s, context, model, tmp_path)
     assert done == 80
     azimuths = [30.0, 120.0, 210.0, 300.0]
     seen, camera = distill.view_from(distillation, azimuths, SIZE)

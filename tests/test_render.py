@@ -11,7 +11,7 @@ from mvd.hashgrid import HashGridConfig
 from mvd.nerf import NeRF, NeRFConfig
 from mvd.render import (
     DIAGONAL, OccupancyGrid, Samples, Shading, box_interval, composite, draw_jitter, draw_light,
-    draw_seen_points, march_rays, orientation_loss, render_rays, render_views, sample_rays,
+    draw_seen_points, find_in_row, march_rays, orientation_loss, render_rays, render_views, sample_rays,
     select_samples, shade, smoothness_loss)
 
 
@@ -195,9 +195,9 @@ def test_march_is_the_plain_loop():
             t = near[r] + (k + jitter[r]) * step
             ix, iy, iz = cells_of(origins[r] + directions[r] * t, 8).clamp(0, 7)
             expected.append(bool(t < far[r] and busy[ix * 64 + iy * 8 + iz]))
-    wanted = counts.diff(prepend=counts.new_zeros(1)).bool()
-    assert 200 < wanted.sum() < 0.5 * len(wanted)
-    different = (wanted != torch.tensor(expected)).sum()
+    wanted = counts.diff(prepend=counts.new_zeros(len(counts), 1)).bool()
+    assert 200 < wanted.sum() < 0.5 * wanted.numel()
+    different = (wanted.flatten() != torch.tensor(expected)).sum()
     assert different <= 2, "more steps differ than may fall on a cell's border"
     assert torch.allclose(first, near + jitter * step)
 
@@ -209,7 +209,7 @@ def steps_to_choose_from(seed=0):
     origins = torch.randn(20, 3)
     directions = F.normalize(torch.randn(20, 3), dim=-1)
     first = torch.rand(20)
-    counts = wanted.flatten().cumsum(0, dtype=torch.int32)
+    counts = wanted.cumsum(1, dtype=torch.int16)
     return (origins, directions, first, counts), wanted
 
 
@@ -226,6 +226,19 @@ def test_selection_gives_every_step_a_slot():
     assert torch.allclose(s.width[:n], torch.tensor(0.1))
     assert (s.width[n:] == 0).all(), "a slot that is left weighs something"
     assert (s.ray.diff() >= 0).all(), "the slots are not sorted by ray"
+
+
+@pytest.mark.parametrize("width", [1, 2, 7, 8, 9, 64, 100])
+def test_a_place_in_a_row_is_found(width):
+    torch.manual_seed(width)
+    counts = (torch.rand(30, width) < 0.5).cumsum(1, dtype=torch.int16)
+    row = torch.randint(30, (500,), dtype=torch.int32)
+    wanted = torch.randint(1, width + 2, (500,), dtype=torch.int32)
+    found = find_in_row(counts, row, wanted)
+    for r, number, place in zip(row.tolist(), wanted.tolist(), found.tolist(), strict=True):
+        reached = [k for k in range(width) if counts[r, k] >= number]
+        first = reached[0] if reached else width - 1
+        assert place == first, f"count {number} of {counts[r].tolist()} is at {first}, not {place}"
 
 
 def test_thinning_is_without_bias():
@@ -271,7 +284,7 @@ def test_early_termination_saves_samples_and_changes_nothing():
     for density_min in (occupancy.density_min, nothing_hides):
         occupancy.density_min = density_min
         _, counts = march_rays(occupancy, origins, directions, step=step, jitter=jitter)
-        found.append(int(counts[-1]))
+        found.append(int(counts[:, -1].sum()))
         samples = sample_rays(
             occupancy, origins, directions, step=step, budget=40000, jitter=jitter,
             phase=torch.zeros(()))
@@ -353,7 +366,7 @@ def test_render_is_the_integral(strength):
     origins, directions = view(8)
     occupancy = grid_of(field, step, visits=4, threshold=1e-6)
     _, counts = march_rays(occupancy, origins, directions, step=step, jitter=middle(64))
-    budget = int(counts[-1]) + 500
+    budget = int(counts[:, -1].sum()) + 500
     rgb = 0
     for _ in range(4):
         jitter, phase = draw_jitter(64, "cpu")
@@ -374,7 +387,7 @@ def test_thinned_pictures_agree_on_average():
     occupancy = grid_of(field, step)
     generator = torch.Generator().manual_seed(0)
     _, counts = march_rays(occupancy, origins, directions, step=step, jitter=middle(144))
-    n = int(counts[-1])
+    n = int(counts[:, -1].sum())
 
     def mean_opacity(budget):
         total = 0
