@@ -204,9 +204,9 @@ def select_samples(origins, directions, first, counts, *, step, budget, phase):
     ends = counts[:, -1].cumsum(0, dtype=torch.int32)  # [R]: of the rays up to this one
     n = ends[-1]
     # Over how many steps the slots are spread: n or, if that is more, the budget. Integers are
-    # exact, and no shape depends on n.
+    # exact (phase is a multiple of 2^-32, and n < 2^31), and no shape depends on n.
     spread = n.clamp(min=budget).long()
-    offset = (phase * 2**24).long() * spread >> 24
+    offset = (phase * 2**32).long() * spread >> 32
     slot = torch.arange(budget, device=n.device)
     index = ((slot * spread + offset) // budget).to(torch.int32)
     ray = torch.searchsorted(ends, index, right=True, out_int32=True)
