@@ -34,6 +34,7 @@ from mvd.tools.cli import setting
 from mvd.tools.device import (
     GraphedStep,
     choose_device,
+    choose_dtype,
     load_optimizer,
     random_state,
     set_random_state,
@@ -51,6 +52,8 @@ GREYS = 8
 LOG_EVERY = 10
 # What to try when the loss is no longer a number.
 IF_LOST = "try a lower --lr or --identifier-lr"
+# What may be another on --resume.
+MAY_CHANGE = ("sample_every", "save_every", "dtype")
 # Tensors of weights that `preserve` takes together: few launches, and little memory.
 BLOCK = 32
 
@@ -100,6 +103,11 @@ class DreamBoothSettings:
     )
     save_every: int = setting(200, "steps between checkpoints", min=1)
     device: str = setting("auto", "cuda, cpu, or mps (untested); auto: cuda, else cpu")
+    dtype: str = setting(
+        "auto",
+        "that the UNet computes with; auto: bfloat16 on cuda (float16 before Ampere), else float32",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
     seed: int = setting(0, "of everything random", min=0)
     resume: bool = setting(False, "go on from the checkpoint in --out")
 
@@ -207,8 +215,11 @@ class FineTuning:
             groups.append((self.table.parameters(), s.identifier_lr, 0.0))
         self.theta = dict(model.unet.named_parameters())
         self.theta0 = {name: w.detach().clone() for name, w in self.theta.items()}
-        self.optimizer = adamw(groups, betas=(0.9, 0.999))
-        self.in_bfloat16 = Rounded(model.unet)
+        dtype = choose_dtype(s.dtype, self.device)
+        self.rounded = Rounded(model.unet, dtype)
+        # Of float16 alone: is the step left out, as its gradient was too large?
+        self.skip = torch.zeros((), device=self.device) if dtype == torch.float16 else None
+        self.optimizer = adamw(groups, betas=(0.9, 0.999), skip=self.skip)
         # The weight of the text loss. A tensor, so that a CUDA graph reads what `anneal` wrote.
         self.text_preservation = torch.zeros((), device=self.device)
         # Which rows of the table are the identifier's, [rows, 1].
@@ -251,9 +262,11 @@ class FineTuning:
 
     def step(self):
         """One optimisation step: the three losses, then what `preserve` returns, [7]."""
-        with self.in_bfloat16:
+        with self.rounded:
             loss, of_class, of_text = self.losses()
-            (loss + of_class + of_text).backward()
+            ((loss + of_class + of_text) * self.rounded.scale).backward()
+        if self.skip is not None:
+            self.unscale()
         measured = preserve(
             list(self.theta.values()), list(self.theta0.values()), self.s.preservation
         )
@@ -261,7 +274,27 @@ class FineTuning:
             self.table.weight.grad *= self.own_rows  # the other words keep their meaning
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return torch.cat([torch.stack([loss, of_class, of_text]).detach(), measured])
+        measured = torch.cat([torch.stack([loss, of_class, of_text]).detach(), measured])
+        if self.skip is not None:
+            self.adapt(measured)
+        return measured
+
+    def unscale(self):
+        """Divide the gradients by the loss scale, and skip the step if one is not finite."""
+        weights = [*self.theta.values(), self.table.weight]
+        gradients = [w.grad for w in weights if w.grad is not None]
+        torch._foreach_mul_(gradients, 1 / self.rounded.scale)
+        norms = torch.stack(torch._foreach_norm(gradients))
+        self.skip.copy_(~norms.isfinite().all())
+
+    def adapt(self, measured):
+        """Choose the next loss scale. measured: what `step` returns.
+
+        A gradient that the scale alone made too large is none, and no reason to stop.
+        """
+        overflow = self.skip * (self.rounded.scale > 1)
+        measured[5].masked_fill_(overflow > 0, 0)
+        self.rounded.adapt(self.skip)
 
     def anneal(self, step):
         """Set what changes in the course of a run. step: 0..steps - 1."""
@@ -275,12 +308,14 @@ class FineTuning:
     def state_dict(self):
         """What a checkpoint holds: the weights that learn, and the optimizer."""
         weights = {"unet": self.model.unet.state_dict(), "table": self.table.state_dict()}
-        return {**weights, "optimizer": self.optimizer.state_dict()}
+        optimizer = self.optimizer.state_dict()
+        return {**weights, "optimizer": optimizer, "rounding": self.rounded.state_dict()}
 
     def load_state_dict(self, state):
         self.model.unet.load_state_dict(state["unet"])
         self.table.load_state_dict(state["table"])
         load_optimizer(self.optimizer, state["optimizer"])
+        self.rounded.load_state_dict(state.get("rounding"))
 
     def finish(self):
         """Training is over: nothing learns any more."""
@@ -312,15 +347,16 @@ def finetune(model, subject, s, out, state=None, *, show=None):
             done = step + 1
             last = done == s.steps
             if done % LOG_EVERY == 0 or last:
-                check_step(out, done, measured)
-                row = log_row(sums / count, s.preservation)
+                means = sums / count
+                check_step(out, done, means)
+                row = log_row(means, s.preservation)
                 run.log(out / "log.jsonl", step=done, **row)
                 bar.set_postfix(loss=f"{row['loss']:.4f}", distance=f"{row['distance']:.3g}")
                 sums.zero_()
                 count = 0
             if show and (done % s.sample_every == 0 or (last and s.steps > s.sample_every)):
                 kept = random_state()
-                with tuning.in_bfloat16:
+                with tuning.rounded:
                     show(done)
                 set_random_state(kept)
             stop = interrupted.is_set()
@@ -336,8 +372,8 @@ def finetune(model, subject, s, out, state=None, *, show=None):
 
 def check_step(out, done, measured):
     """Raise UserError if the loss of a step, or the gradient that it moved along, is not finite."""
-    loss, _, _, _, _, gradient, _ = measured.tolist()
-    run.check_finite(out, done, IF_LOST, loss=loss, gradient=gradient)
+    loss, of_class, of_text, _, _, gradient, _ = measured.tolist()
+    run.check_finite(out, done, IF_LOST, loss=loss + of_class + of_text, gradient=gradient)
 
 
 def log_row(means, strength):
@@ -441,7 +477,7 @@ def name_photos(s, config):
 def read_state(s, out):
     """The checkpoint to go on from, or None. Truncates the log to it. Raises UserError."""
     state = run.last_checkpoint(out) if s.resume else None
-    if state and state.keys() != {"step", "unet", "table", "optimizer", "random"}:
+    if state and state.keys() - {"rounding"} != {"step", "unet", "table", "optimizer", "random"}:
         raise UserError(
             f"{out / run.CHECKPOINT} is not of dreambooth.py; {run.ANEW}"
         )
@@ -491,7 +527,7 @@ def main(argv=None):
     prompts, plain = name_photos(s, model.config)
     names, rgba = photos.load(s.photos, model.config.size)  # uint8 [N, 4, H, W]
     config = {**asdict(s), "files": names}
-    out = run.open_run(s.out, config, s.resume, may_change=("sample_every", "save_every"))
+    out = run.open_run(s.out, config, s.resume, may_change=MAY_CHANGE)
     with run.starting(out):
         learn(s, model, rgba, prompts, plain, out)
     show_page(s, out, s.steps)

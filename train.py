@@ -33,7 +33,7 @@ from mvd.model import MVDream, read_config
 from mvd.presets import PRESETS
 from mvd.tools import cli, parallel, run
 from mvd.tools.cli import setting
-from mvd.tools.device import can_compile, tune_cuda
+from mvd.tools.device import can_compile, choose_dtype, tune_cuda
 from mvd.tools.errors import BadMember, UserError
 from mvd.tools.page import write_page
 from mvd.tools.pictures import grid, save_png
@@ -137,6 +137,12 @@ class TrainSettings:
     )
     save_every: int = setting(2500, "steps between checkpoints", min=1)
     device: str = setting("auto", "cuda, cpu, or mps (untested); auto: cuda, else cpu")
+    dtype: str = setting(
+        "auto",
+        "that the networks compute with; auto: bfloat16 on cuda (float16 before Ampere), else "
+        "float32",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
     seed: int = setting(0, "of everything random", min=0)
     resume: bool = setting(False, "go on from the checkpoint in --out")
 
@@ -145,7 +151,8 @@ class TrainSettings:
 FROM_INIT = dict(batch=4, lr=1e-5, vae_steps=0, vae_batch=8, vae_lr=1e-4, compile=True)
 # What may be another on --resume; of batches only if a whole step's stays the same.
 MAY_CHANGE = (
-    "sample_every", "save_every", "workers", "batch", "vae_batch", "accumulate", "memory", "compile"
+    "sample_every", "save_every", "workers", "batch", "vae_batch", "accumulate", "memory",
+    "compile", "dtype",
 )
 
 
@@ -291,12 +298,13 @@ def held_out(count, seed):
 class Training:
     """A run: the model, its data, its folder, and the two phases that train it."""
 
-    def __init__(self, s, device, sources, in_memory):
+    def __init__(self, s, device, dtype, sources, in_memory):
         """Read the data and make the model. Raises UserError.
 
-        s: TrainSettings; sources: from `find_data`; in_memory: is all data held?
+        s: TrainSettings; dtype: from `common_dtype`; sources: from `find_data`; in_memory: is all
+        data held?
         """
-        self.s, self.device, self.in_memory = s, device, in_memory
+        self.s, self.device, self.dtype, self.in_memory = s, device, dtype, in_memory
         self.out = None  # the run's folder, made when all else is checked
         self.logged = set()  # names of what was left out, as far as the log has them
         self.to_log = []     # what this process has left out since
@@ -320,7 +328,7 @@ class Training:
             self.learn_words(self.captions())
         self.model.unet.requires_grad_(True)  # what --init loads, it loads for inference
         self.unrounded = {}
-        if s.init and not s.vae_steps and device.type == "cuda":
+        if s.init and not s.vae_steps and dtype != torch.float32:
             self.round_frozen()
         self.feed = self.make_feed()
         self.no_tokens = self.model.text.tokenize([""]).to(device)
@@ -383,12 +391,12 @@ class Training:
             print(f"{len(words)} words are new to the model and are learned: {some}")
 
     def round_frozen(self):
-        """Let what does not learn compute in bfloat16; the file's own numbers wait on the CPU."""
+        """Let what does not learn compute in `dtype`; the file's own numbers wait on the CPU."""
         model = self.model
         for part in (model.vae, model.text):
             if part is model.vae or self.new_rows is None:
                 self.unrounded[part] = {k: w.cpu() for k, w in part.state_dict().items()}
-                part.bfloat16()
+                part.to(self.dtype)
 
     def finish(self):
         """Give what was rounded its own numbers back."""
@@ -509,7 +517,7 @@ class Training:
         phase = fit.Phase(
             name="vae", module=learning, loss=self.vae_loss, plan=plan,
             stream=lambda start: self.feed.stream(plan, "vae", start), peak_lr=s.vae_lr, first=0,
-            show=self.show_vae, names=NAMES, report=self.log_left_out,
+            show=self.show_vae, names=NAMES, report=self.log_left_out, dtype=self.dtype,
         )
         fit.fit(phase, self.model, s, self.out, state)
 
@@ -571,7 +579,7 @@ class Training:
             return None
         config = self.model.config
         operations = operations_per_view(config, self.s.views, not self.in_memory)
-        speed, _ = bench.speeds(self.device, torch.bfloat16)
+        speed, _ = bench.speeds(self.device, self.dtype)
         return lambda views: views / parallel.ranks() * operations / speed
 
     def train_unet(self, state):
@@ -593,7 +601,7 @@ class Training:
             name="unet", module=torch.nn.ModuleList(learning), loss=self.unet_loss, plan=plan,
             stream=lambda start: self.feed.stream(plan, "unet", start), peak_lr=s.lr,
             first=s.vae_steps, show=self.show_samples, names=NAMES, more=self.more, rows=rows,
-            share=self.share_of_speed(), report=self.log_left_out,
+            share=self.share_of_speed(), report=self.log_left_out, dtype=self.dtype,
         )
         fit.fit(phase, model, s, self.out, state)
 
@@ -712,9 +720,18 @@ def hold_all(s, found, config, device):
     return not parallel.worst(int(not fits))
 
 
-def prepare(s, device, sources, in_memory):
+def common_dtype(s, device):
+    """What all processes compute with: float16 if one of several cards has no bfloat16.
+
+    Their gradients are averaged, so they need the same loss scale.
+    """
+    dtype = choose_dtype(s.dtype, device)
+    return torch.float16 if parallel.worst(dtype == torch.float16) else dtype
+
+
+def prepare(s, device, dtype, sources, in_memory):
     """Read the data, make the model: Training. Raises UserError."""
-    training = Training(s, device, sources, in_memory)
+    training = Training(s, device, dtype, sources, in_memory)
     model = training.model
     if s.steps:
         model.config.size = s.size  # what the UNet learns to draw
@@ -763,7 +780,8 @@ def main(argv=None):
     first = parallel.together(lambda: first_config(s))
     usual = settings_of(s, first)
     in_memory = hold_all(s, sources[2], first, device)
-    training = parallel.together(lambda: prepare(s, device, sources, in_memory))
+    dtype = common_dtype(s, device)
+    training = parallel.together(lambda: prepare(s, device, dtype, sources, in_memory))
     model = training.model
     config = {**asdict(s), **resumable(s, training)}
     out = parallel.first(lambda: run.open_run(s.out, config, s.resume, may_change=MAY_CHANGE))

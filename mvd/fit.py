@@ -50,6 +50,7 @@ class Phase:
     report: object = dict  # report() is called in all processes before a line of the log
     rows: tuple = None    # (a table, which of its rows learn, bool [rows, 1]); None: all learn
     share: object = None  # share(views per second) -> the share of the device's speed
+    dtype: torch.dtype = torch.float32  # that the module computes with, the same in all processes
 
 
 class Steps:
@@ -66,7 +67,7 @@ class Steps:
         self.skip = torch.zeros((), device=device)
         groups = [([self.vector.theta], phase.peak_lr, 0.01)]
         self.optimizer = adamw(groups, betas=(0.9, 0.99), skip=self.skip)
-        self.in_bfloat16 = Rounded(phase.module)
+        self.rounded = Rounded(phase.module, phase.dtype)
         # The number of the step, the average's renewal, failures in a row and the most of them:
         # where graphs read and write.
         self.step = torch.zeros((), dtype=torch.int64, device=device)
@@ -84,9 +85,9 @@ class Steps:
     def add_gradient(self, kind, places, *batch):
         """Add the gradient of one batch, at `places` [n] of the step's batch."""
         dice = Dice(self.s.seed, self.step, places)
-        with self.in_bfloat16:
+        with self.rounded:
             errors, t = self.phase.loss(kind, dice, *batch)
-            (errors.mean() / self.s.accumulate).backward()
+            (errors.mean() / self.s.accumulate * self.rounded.scale).backward()
         quarter = torch.zeros_like(places) if t is None else t * QUARTERS // diffusion.NUM_TIMESTEPS
         sums, counts = self.vector.spare.split(QUARTERS)
         sums.index_add_(0, quarter, errors.detach())
@@ -95,18 +96,22 @@ class Steps:
     def plain_update(self):
         """Average the gradient over all processes, clip it, step: what `Progress` sums.
 
-        If a number is not finite, nothing changes but the count of such failures.
+        If a number is not finite, nothing changes but the loss scale and the count of such
+        failures. A gradient that only the scale made too large for float16 is none.
         """
-        vector = self.vector
+        vector, scale = self.vector, self.rounded.scale
         parallel.average(vector.gradient)
-        norm = vector.theta.grad.norm()
+        norm = vector.theta.grad.norm() / scale
         measured = torch.cat([vector.spare, norm[None]])
         finite = measured.isfinite().all()
         self.skip.copy_(~finite)
-        self.failures.copy_((self.failures + 1) * self.skip)
+        # No scale helps where the losses, which lie in `spare`, are not finite themselves.
+        failed = self.skip * (~vector.spare.isfinite().all() | (scale == 1))
+        self.failures.copy_((self.failures + failed) * self.skip)
         self.most_failures.copy_(torch.maximum(self.most_failures, self.failures))
-        vector.theta.grad *= (1 / norm.clamp(min=1e-6)).clamp(max=1)
+        vector.theta.grad *= (1 / norm.clamp(min=1e-6)).clamp(max=1) / scale
         self.optimizer.step()
+        self.rounded.adapt(self.skip)
         if self.phase.rows:
             table, learn = self.phase.rows
             with torch.no_grad():
@@ -136,6 +141,7 @@ class Steps:
             "theta": self.vector.theta.detach(),
             "average": self.vector.average,
             "optimizer": self.optimizer.state_dict(),
+            "rounding": self.rounded.state_dict(),
         }
 
     def load_state_dict(self, state):
@@ -143,6 +149,7 @@ class Steps:
             self.vector.theta.copy_(state["theta"])
         self.vector.average.copy_(state["average"])
         load_optimizer(self.optimizer, state["optimizer"])
+        self.rounded.load_state_dict(state.get("rounding"))
 
     @contextlib.contextmanager
     def averaged(self):
@@ -150,7 +157,7 @@ class Steps:
         eager = contextlib.nullcontext()
         if self.s.compile and self.device.type == "cuda":
             eager = torch.compiler.set_stance("force_eager")
-        with exchanged(self.vector.theta, self.vector.average), self.in_bfloat16, eager:
+        with exchanged(self.vector.theta, self.vector.average), self.rounded, eager:
             yield
 
 

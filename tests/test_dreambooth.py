@@ -1,5 +1,6 @@
 """dreambooth.py: its losses against autograd, killed runs, what "[v]" does, and bad input."""
 import copy
+import io
 import json
 import math
 import time
@@ -510,6 +511,103 @@ def test_a_photo_too_few_is_named_and_the_rest_is_used(start, folder, tmp_path):
     (photos / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     with pytest.warns(UserWarning, match="broken.jpg.*left out"):
         start("out", photos=photos)
+
+
+# ---- float16 ---------------------------------------------------------------------------------
+
+class Tuned(dreambooth.FineTuning):
+    """All losses, in a number format; the diffusion loss is times `fault`, when it is set."""
+    fault = 1.0
+
+    def __init__(self, folder, dtype):
+        model = MVDream.load(folder / "small.safetensors")
+        s = settings(
+            lr=1e-4, dtype=dtype, preservation=0.1, class_preservation=1.0, identifier_lr=1e-2,
+            text_preservation=0.1,
+        )
+        torch.manual_seed(0)
+        latents = torch.rand(1, 3, 1, 16, 4, 4)
+        names, plain = ["a phol bulldog", "phol bulldog"], ["a bulldog", ""]
+        super().__init__(model, subject_of(model, latents, names, plain), s)
+        self.table0 = self.table.weight.detach().clone()
+
+    def losses(self):
+        loss, *others = super().losses()
+        return loss * self.fault, *others
+
+    def take(self, steps):
+        """These steps, each with random numbers of its own: what they measured, [steps, 7]."""
+        measured = []
+        for step in steps:
+            torch.manual_seed(step)
+            self.anneal(300 + step)
+            measured.append(self.step())
+        return torch.stack(measured)
+
+    def state(self):
+        """Copies of all that a step may change but the loss scale."""
+        held = io.BytesIO()
+        state = self.state_dict()
+        state.pop("rounding")
+        torch.save(state, held)
+        return held.getvalue()
+
+
+def moves_of(tuning):
+    """How far the UNet and the identifier's row have moved, [n]."""
+    moves = [tuning.table.weight - tuning.table0]
+    for name, weight in tuning.theta.items():
+        moves.append(weight - tuning.theta0[name])
+    return torch.cat([move.detach().flatten() for move in moves])
+
+
+def test_float16_learns_what_float32_does(folder):
+    """The preservation is weak: its gradient is a sign, which the least difference may turn."""
+    exact, half = Tuned(folder, "float32"), Tuned(folder, "float16")
+    expected, found = exact.take(range(3)), half.take(range(3))
+    assert (expected[-1] > 0).all(), "a loss or a gradient is not in the figures"
+    torch.testing.assert_close(found[:, :4], expected[:, :4], rtol=5e-3, atol=1e-6)
+    torch.testing.assert_close(found[:, 4:], expected[:, 4:], rtol=2e-2, atol=0)
+    moves = moves_of(exact)
+    off = (moves_of(half) - moves).norm() / moves.norm()
+    assert off < 0.05, f"the weights move elsewhere by {off:.1%}"
+
+
+def test_a_gradient_too_large_for_float16_changes_the_scale_alone(folder, tmp_path):
+    """And it does not end the run; a loss that is not a number does, and spoils nothing."""
+    tuning = Tuned(folder, "float16")
+    tuning.take([0])
+    before = tuning.state()
+    tuning.fault = 1e7
+    (measured,) = tuning.take([1])
+    assert tuning.state() == before, "the step has changed something"
+    assert tuning.rounded.scale == 2**13 and measured.isfinite().all()
+    dreambooth.check_step(tmp_path, 2, measured)
+    for tuning.fault, scale in ((1e14, 1.0), (math.nan, 2.0**14)):
+        tuning.rounded.scale.fill_(scale)
+        (measured,) = tuning.take([1])
+        assert tuning.state() == before, "the step has changed something"
+        with pytest.raises(UserError, match="try a lower --lr"):
+            dreambooth.check_step(tmp_path, 3, measured)
+    tuning.fault = 1.0
+    tuning.take([1])
+    assert tuning.state() != before, "no step is made any more"
+
+
+def test_a_resumed_run_in_float16_has_its_scale(folder):
+    tuning = Tuned(folder, "float16")
+    tuning.fault = 1e7
+    tuning.take([0])
+    tuning.fault = 1.0
+    tuning.take([1])
+    file = io.BytesIO()
+    torch.save(tuning.state_dict(), file)
+    file.seek(0)
+    again = Tuned(folder, "float16")
+    again.load_state_dict(torch.load(file, weights_only=True))
+    assert again.rounded.state_dict() == {"scale": 2.0**13, "good_steps": 1.0}
+    assert torch.equal(again.take([2]), tuning.take([2]))
+    assert again.state() == tuning.state(), "the resumed run made something else"
 
 
 # ---- on a GPU --------------------------------------------------------------------------------

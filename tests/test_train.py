@@ -200,6 +200,22 @@ def test_torchruns_restart_goes_on_with_no_run_but_its_own(start, tmp_path, monk
     assert steps == list(range(1, 11)), "it did not go on"
 
 
+@pytest.mark.parametrize("flag, rank_of, expected", [
+    ("auto", 0, torch.float32), ("float16", 0, torch.float16), ("bfloat16", 0, torch.bfloat16),
+    ("bfloat16", 1, torch.float16),
+])
+def test_both_phases_learn_in_the_number_format_of_all_processes(
+    start, monkeypatch, flag, rank_of, expected
+):
+    """--dtype; float16 if the card of another process (rank_of 1) has no bfloat16."""
+    formats = []
+    monkeypatch.setattr(fit, "fit", lambda phase, *_: formats.append(phase.dtype))
+    if rank_of:
+        monkeypatch.setattr(parallel, "worst", lambda code: code or (code is False))
+    start("run", "--dtype", flag)
+    assert formats == [expected, expected]
+
+
 # ---- starting from a model -------------------------------------------------------------------
 
 def test_from_stable_diffusion_only_the_unet_learns(start, tmp_path, monkeypatch):

@@ -6,6 +6,8 @@ from itertools import cycle, islice
 
 import torch
 
+from ..tools.device import choose_dtype
+
 # ---- pictures --------------------------------------------------------------------------------
 
 
@@ -54,9 +56,11 @@ def token_table(text, captions, suffix=""):
 def posteriors_of(vae, rgba, grey):
     """Encode pictures: uint8 [N, 4, H, W] over grey [N] -> [N, 2c, h, w], float32.
 
-    It is the mean and the standard deviation of the posterior, computed in bfloat16 on a GPU.
+    It is the mean and the standard deviation of the posterior, computed in half precision on a
+    GPU.
     """
-    with torch.autocast("cuda", torch.bfloat16, enabled=rgba.is_cuda):
+    half = choose_dtype("auto", rgba.device)
+    with torch.autocast("cuda", half, enabled=rgba.is_cuda):
         mean, logvar = vae.encode(on_grey(rgba, grey))
     mean, logvar = mean.float(), logvar.float()
     return torch.cat([mean, torch.exp(0.5 * logvar)], 1)

@@ -1,8 +1,8 @@
-"""AdamW for steps that a CUDA graph holds, the learning rate's course, and bfloat16 on a GPU.
+"""AdamW for steps that a CUDA graph holds, the learning rate's course, and half precision.
 
 The weights that learn are float32 (the master weights), and on a GPU the network computes with
-bfloat16 copies of them (`Rounded`; Micikevicius et al. 2018, §3.1). A bfloat16 number has 8 bits:
-a step of 2e-6 on a weight of 0.02 would be rounded away every time.
+copies of them in half precision (`Rounded`; Micikevicius et al. 2018, §3.1). A bfloat16 number has
+8 bits: a step of 2e-6 on a weight of 0.02 would be rounded away every time.
 """
 import contextlib
 import functools
@@ -10,32 +10,45 @@ import math
 
 import torch
 
+# The loss scale of float16: where it begins, and after how many good steps in a row it doubles.
+FIRST_SCALE = 2.0**14
+GROW_AFTER = 2000
+
 
 class Rounded:
-    """A context in which, on CUDA, a module computes with bfloat16 copies of what learns in it.
+    """A context in which a module computes with half-precision copies of what learns in it.
 
-        in_bfloat16 = Rounded(network)
-        with in_bfloat16:
-            loss(network).backward()
+        rounded = Rounded(network, torch.float16)
+        with rounded:
+            (loss(network) * rounded.scale).backward()
 
-    As soon as a copy has its gradient, that is added to `grad` of the float32 weight. Elsewhere
-    than on CUDA nothing changes. (torch.autocast does the same with norms in float32, which takes
-    a fifth more time in training, and more memory.)
+    As soon as a copy has its gradient, that is added to `grad` of the float32 weight. dtype:
+    bfloat16, float16, or float32, with which nothing changes. (torch.autocast does the same with
+    norms in float32, which takes a fifth more time in training, and more memory.)
+
+    float16 has no numbers between 0 and 6e-8, where many gradients lie. So the loss is multiplied
+    by `scale`, a tensor [], and whoever reads the gradients divides them by it (Micikevicius et
+    al. 2018, §3.2). In the other formats it stays 1.
     """
 
-    def __init__(self, module):
+    def __init__(self, module, dtype):
+        self.dtype = dtype
         self.places = []
         self.weights = []
         for layer in module.modules():
             for name, weight in layer._parameters.items():
-                if weight is not None and weight.requires_grad and weight.is_cuda:
+                if weight is not None and weight.requires_grad and weight.dtype != dtype:
                     self.places.append((layer, name))
                     self.weights.append(weight)
         # Made once: a CUDA graph reads them where they lie.
-        self.copies = [torch.empty_like(w, dtype=torch.bfloat16) for w in self.weights]
+        self.copies = [torch.empty_like(w, dtype=dtype) for w in self.weights]
         for copy, weight in zip(self.copies, self.weights):
             copy.requires_grad_()
             copy.register_post_accumulate_grad_hook(functools.partial(hand_over, weight))
+        device = next(module.parameters()).device
+        first = FIRST_SCALE if dtype == torch.float16 else 1.0
+        self.scale = torch.tensor(first, device=device)
+        self.good_steps = torch.zeros((), device=device)
 
     def __enter__(self):
         if self.copies:
@@ -47,6 +60,35 @@ class Rounded:
     def __exit__(self, *_):
         for (layer, name), weight in zip(self.places, self.weights):
             layer._parameters[name] = weight
+
+    def adapt(self, skip):
+        """Choose the next step's scale. skip: a tensor [], 1 if a gradient was not finite, else 0.
+
+        It was too large for float16 then, so the scale is halved, down to 1. After GROW_AFTER steps
+        without that it is doubled.
+
+        (torch.amp.GradScaler does so, too. But it reads all gradients once more to find what is not
+        finite, which a norm of ours tells, and its scale has no lower end, where a run is lost.)
+        """
+        if self.dtype != torch.float16:
+            return
+        self.good_steps.copy_((self.good_steps + 1) * (1 - skip))
+        grows = self.good_steps == GROW_AFTER
+        self.good_steps *= ~grows
+        self.scale *= 1 + grows.float() - skip / 2
+        self.scale.clamp_(min=1)
+
+    def state_dict(self):
+        """What a checkpoint holds: nothing but for float16."""
+        if self.dtype != torch.float16:
+            return {}
+        return {"scale": self.scale, "good_steps": self.good_steps}
+
+    def load_state_dict(self, state):
+        """Go on from a `state_dict`; one of another format changes nothing."""
+        if self.dtype == torch.float16 and state:
+            self.scale.copy_(state["scale"])
+            self.good_steps.copy_(state["good_steps"])
 
 
 def hand_over(weight, copy):
