@@ -53,6 +53,11 @@ PROGRESS = "Progress: the render, with noise, what the model believes it shows, 
 FIRST_LOOK = 20
 # A run of fewer steps is too short to make up for compiling.
 COMPILE_FROM = 1000
+# What to try where memory does not suffice.
+SMALLER = (
+    "half the --coarse-budget and --fine-budget, --coarse-sets 1, --fine-sets 1, a smaller "
+    "--fine-size, or --no-compile"
+)
 # Settings that may differ when a run is resumed.
 MAY_CHANGE = ("save_every", "show_every", "compile", "mesh_size", "density_threshold")
 
@@ -377,4 +382,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli.main(main)
+    cli.main(main, SMALLER)

@@ -54,6 +54,8 @@ LOG_EVERY = 10
 IF_LOST = "try a lower --lr or --identifier-lr"
 # What may be another on --resume.
 MAY_CHANGE = ("sample_every", "save_every", "dtype")
+# What to try where memory does not suffice.
+SMALLER = "a smaller --batch, --class-preservation 0, --identifier-lr 0, or a smaller --model"
 # Tensors of weights that `preserve` takes together: few launches, and little memory.
 BLOCK = 32
 
@@ -536,4 +538,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli.main(main)
+    cli.main(main, SMALLER)

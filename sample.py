@@ -30,6 +30,8 @@ from mvd.tools.vocabulary import known_part
 
 # Of the cameras in transforms.json, degrees.
 FOV = 40.0
+# What to try where memory does not suffice.
+SMALLER = "fewer --views, a smaller --batch or --size, or --dtype float16"
 
 
 @dataclass
@@ -177,4 +179,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli.main(main)
+    cli.main(main, SMALLER)

@@ -149,6 +149,11 @@ class TrainSettings:
 
 # Defaults with --init, for 256² pixels and weights that know much.
 FROM_INIT = dict(batch=4, lr=1e-5, vae_steps=0, vae_batch=8, vae_lr=1e-4, compile=True)
+# What to try where memory does not suffice.
+SMALLER = (
+    "smaller --batch and --vae-batch (with a larger --accumulate a step stays the same), a smaller "
+    "--size, or --memory 0, which reads the files at every step"
+)
 # What may be another on --resume; of batches only if a whole step's stays the same.
 MAY_CHANGE = (
     "sample_every", "save_every", "workers", "batch", "vae_batch", "accumulate", "memory",
@@ -798,4 +803,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli.main(main)
+    cli.main(main, SMALLER)

@@ -1,8 +1,18 @@
-"""Devices, random states, and steps captured as CUDA graphs."""
+"""Devices, random states, memory that runs out, and steps captured as CUDA graphs."""
+import dataclasses
+import re
+import runpy
+import sys
+
 import pytest
 import torch
 
-from mvd.tools import device
+import distill
+import dreambooth
+import sample
+import train
+from mvd import MVDream
+from mvd.tools import cli, device
 from mvd.tools.errors import UserError
 
 CPU = torch.device("cpu")
@@ -71,6 +81,77 @@ def test_cudnn_searches_again_after_a_context_without():
         assert torch.backends.cudnn.benchmark
     finally:
         torch.backends.cudnn.benchmark = before
+
+
+# ---- memory ----------------------------------------------------------------------------------
+
+GPU, COMPUTER = "the GPU", "the computer"
+
+
+@pytest.mark.parametrize("error, expected", [
+    (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), GPU),
+    (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be ..."), GPU),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), GPU),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), GPU),
+    (RuntimeError("CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), GPU),
+    (RuntimeError("Triton Error [CUDA]: out of memory"), GPU),
+    (RuntimeError("MPS backend out of memory (MPS allocated: 9.05 GB)"), GPU),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to ..."), COMPUTER),
+    (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to ..."), COMPUTER),
+    (MemoryError(), COMPUTER),
+    (RuntimeError("a bug"), None),
+    (RuntimeError("DataLoader worker is killed. Its workers are out of shared memory."), None),
+    (ValueError("out of memory"), None),
+])
+def test_errors_of_memory_are_told_from_others(error, expected):
+    assert device.without_memory(error) == expected
+    try:
+        try:
+            raise error
+        finally:
+            raise RuntimeError("CUDA error: operation failed due to a previous error in capture")
+    except RuntimeError as later:
+        assert device.without_memory(later) == expected, "what led to an error is not asked"
+
+
+def test_memory_that_really_runs_out_is_the_computers():
+    with pytest.raises(RuntimeError) as end:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert device.without_memory(end.value) == COMPUTER
+
+
+SCRIPTS = {
+    "sample": (sample, sample.SampleSettings, ["a bulldog"]),
+    "distill": (distill, distill.DistillSettings, ["a bulldog"]),
+    "dreambooth": (dreambooth, dreambooth.DreamBoothSettings, ["photos", "--prompt", "a [v] dog"]),
+    "train": (train, train.TrainSettings, ["--init", "tiny"]),
+}
+
+
+@pytest.mark.parametrize("error, words", [
+    (torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried"), "the GPU has no memory left"),
+    (RuntimeError("can't allocate memory"), "the computer has no memory left"),
+])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_without_memory_a_script_names_its_own_flags(monkeypatch, capsys, name, error, words):
+    """Run as a program; its model finds no memory. What it says to try is there to be tried."""
+    script, settings, flags = SCRIPTS[name]
+
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", [name, *flags])
+    monkeypatch.setattr(MVDream, "load", fails)
+    monkeypatch.setattr(cli, "parse", fails)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(script.__file__, run_name="__main__")
+    output = capsys.readouterr().err
+    assert end.value.code == 2 and output.count("\n") == 1, f"not one line: {output}"
+    assert output.startswith(f"error: {words}; close other programs that use it, or try ")
+    assert output.strip().endswith("--device cpu") == ("GPU" in words)
+    named = set(re.findall(r"--([a-z-]+)", output)) - {"device"}
+    fields = {field.name.replace("_", "-") for field in dataclasses.fields(settings)}
+    assert named and named <= {*fields, "no-compile"}, f"no flags of {name}: {named - fields}"
 
 
 def test_random_state_goes_on_where_it_was():

@@ -21,7 +21,7 @@ import warnings
 import torch
 
 from . import parallel
-from .device import LARGEST_SEED, keep_memory
+from .device import LARGEST_SEED, keep_memory, without_memory
 from .errors import UserError
 
 # What stands in the usage for a value.
@@ -265,8 +265,10 @@ def interruption(code):
     return Terminated() if code == signal.SIGTERM else KeyboardInterrupt()
 
 
-def main(function):
+def main(function, smaller="smaller settings"):
     """Call function(). User errors are printed in one line, with exit status 2.
+
+    smaller: what to try where memory does not suffice, the flags of this script.
 
     A bug of ours keeps its traceback. A warning is one line, too, without the place in our source,
     and is printed whatever PYTHONWARNINGS says. Ctrl-C ends with exit status 130, SIGTERM with 143.
@@ -275,7 +277,7 @@ def main(function):
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(printing, before)
     try:
-        status = status_of(function)
+        status = status_of(function, smaller)
         if not status and full(sys.stdout):
             status = fail("the disk is full to which the output goes")
     finally:
@@ -301,7 +303,7 @@ def on_terminate(number, frame):
     raise Terminated
 
 
-def status_of(function):
+def status_of(function, smaller):
     """Call function(), print what users can mend in one line, return the exit status."""
     try:
         with warnings.catch_warnings(), handlers({signal.SIGTERM: on_terminate}):
@@ -310,11 +312,6 @@ def status_of(function):
             function()
     except UserError as error:
         return fail(str(error))
-    except torch.cuda.OutOfMemoryError:
-        return fail(
-            "the GPU has no memory left; close other programs that use it, "
-            "or use --device cpu or smaller settings"
-        )
     except OSError as error:
         if error.errno in DENIED and error.filename is not None:
             return fail(f"cannot use {error.filename}: {error.strerror}")
@@ -324,7 +321,14 @@ def status_of(function):
             "no space left on the disk; free some, "
             "then run again (with --resume if there is a checkpoint)"
         )
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        full = without_memory(error)
+        if full:
+            instead = ", or --device cpu" if full == "the GPU" else ""
+            return fail(
+                f"{full} has no memory left; close other programs that use it, or try "
+                f"{smaller}{instead}"
+            )
         # PyTorch raises it wherever the main program is, when a process that reads has died.
         if not str(error).startswith("DataLoader worker"):
             raise

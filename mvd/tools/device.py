@@ -43,7 +43,7 @@ def choose_device(name):
 
 
 def choose_dtype(name, device):
-    """Return the torch.dtype of that name for a model that does not learn.
+    """Return the torch.dtype of that name, in which a model computes (`Rounded`, where it learns).
 
     "auto" is bfloat16 on CUDA, float16 on a card that only emulates bfloat16 (all before Ampere),
     else float32. float16 is the more exact of the two, but its numbers end at 65504; the largest
@@ -95,6 +95,31 @@ def can_compile(device):
     schemes = (sysconfig.get_default_scheme(), "posix_prefix")
     folders = [sysconfig.get_path("include", scheme) for scheme in schemes]
     return any(Path(folder, "Python.h").exists() for folder in folders)
+
+
+# What the errors say that have no type of their own, in small letters, of a GPU and of a computer:
+# CUDA, cuBLAS, cuDNN, NCCL, Triton and MPS; PyTorch on Linux and on Windows.
+GPU_IS_FULL = ("out of memory", "alloc_failed", "allocation_failed")
+COMPUTER_IS_FULL = ("can't allocate memory", "not enough memory")
+
+
+def without_memory(error):
+    """Return what has no memory left, "the GPU" or "the computer", if an exception says so.
+
+    Else None. The exceptions that led to it count, too: PyTorch may fail once more when it leaves
+    the capture of a graph, or a compiler.
+    """
+    while error is not None:
+        words = str(error).lower()
+        plain = isinstance(error, RuntimeError)
+        if isinstance(error, MemoryError) or plain and any(s in words for s in COMPUTER_IS_FULL):
+            return "the computer"
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            return "the GPU"
+        if plain and any(s in words for s in GPU_IS_FULL):
+            return "the GPU"
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def keep_memory():
