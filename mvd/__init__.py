@@ -1,8 +1,14 @@
 """MVDream (arXiv 2308.16512) in PyTorch: multi-view diffusion for 3D generation."""
-from .tools.threads import choose_how_to_wait
+import sys
 
-choose_how_to_wait()  # before anything imports torch
+from .tools.threads import sleep_while_waiting
 
-from .model import MVDream  # noqa: E402
+sleep_while_waiting()  # before anything imports torch
+
+try:
+    from .model import MVDream  # noqa: E402
+except KeyboardInterrupt:
+    # Importing torch takes seconds: Ctrl-C ends a script here as it does later, in cli.main.
+    sys.exit(130)
 
 __all__ = ["MVDream"]

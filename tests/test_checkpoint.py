@@ -819,6 +819,24 @@ def test_an_environment_that_the_hub_does_not_take(name, value, environment, mon
         checkpoint.import_hub("open_clip.tokenizer")
 
 
+def test_a_client_that_is_closed(released, tmp_path, monkeypatch, capsys):
+    """What huggingface_hub 1.10 to 1.20 does where nobody answers: the cache is not looked into."""
+    torch.save(released, tmp_path / "m.pt")
+    kept = {}
+
+    def closed(repository, file, local_files_only=False):
+        if not local_files_only:
+            raise RuntimeError("Cannot send a request, as the client has been closed.")
+        if file not in kept:
+            raise huggingface_hub.errors.LocalEntryNotFoundError("not in the cache")
+        return str(kept[file])
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", closed)
+    assert_says([FILE, "the hub cannot be reached", "download it"], "mvdream-sd21", capsys)
+    kept["sd-v2.1-base-4view.pt"] = tmp_path / "m.pt"
+    assert_same(MVDream.load("mvdream-sd21"), MVDream.load(tmp_path / "m.pt"))
+
+
 FULL = OSError(errno.ENOSPC, "No space left on device")
 SHORT = OSError("Consistency check failed: file should be of size 5 but has size 3")
 CLOSED = huggingface_hub.errors.HTTPError("peer closed connection")

@@ -79,7 +79,9 @@ def test_every_mode_of_pixels_is_right(mode):
     expected = quarters(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
     if mode == "1":
         image, expected = Image.new("1", (64, 64), 1), np.full((4, 3), 255)
-    found = quarters(decode_image(encoded(image.convert(mode), kind), 32))
+    # Without a compression Pillow 11.3 writes a YCbCr TIFF that nothing reads right.
+    options = {"compression": "tiff_lzw"} if mode == "YCbCr" else {}
+    found = quarters(decode_image(encoded(image.convert(mode), kind, **options), 32))
     assert np.abs(found - expected).max() < 12, f"{mode} has other colours"
 
 

@@ -69,7 +69,7 @@ class Script:
                 become_script(function, variables, folder / str(rank))
             self.pids.append(pid)
 
-    def wait_for(self, name, seconds=20):
+    def wait_for(self, name, seconds=50):
         """Until every process has made the file of that name in its folder."""
         deadline = time.time() + seconds
         while not all((self.folder / str(r) / name).exists() for r in range(self.count)):
@@ -80,15 +80,15 @@ class Script:
         for rank in ranks:
             os.kill(self.pids[rank], number)
 
-    def end(self, seconds=20):
+    def end(self, seconds=50):
         """The exit statuses; minus the signal's number where one killed the process."""
-        statuses, deadline = [], time.time() + seconds
+        statuses, deadline, late = [], time.time() + seconds, False
         for pid in self.pids:
             found = 0
             while not found:
                 found, status = os.waitpid(pid, os.WNOHANG)
-                late = time.time() > deadline
-                if late:
+                if not found and time.time() > deadline:
+                    late = True
                     os.kill(pid, signal.SIGKILL)
                 time.sleep(0.005)
             assert not late, f"it hangs; {self.said('err')}"

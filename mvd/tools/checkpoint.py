@@ -141,7 +141,7 @@ def download(repository, files):
     failures = (hub.HTTPError, http.InvalidURL, OSError, ValueError, ImportError)
     for file in files:
         try:
-            path = Path(huggingface_hub.hf_hub_download(repository, file))
+            path = Path(fetch(huggingface_hub, repository, file))
         except (*failures, hub.EntryNotFoundError) as error:
             page = f"https://huggingface.co/{repository}"
             raise UserError(
@@ -149,6 +149,17 @@ def download(repository, files):
                 "download goes on where it stopped), or download it elsewhere and name its path "
                 f"({page})") from error
     return path if len(files) == 1 else path.parents[1]
+
+
+def fetch(huggingface_hub, repository, file):
+    """hf_hub_download, which looks into its cache if the hub cannot be reached, in any version.
+
+    1.10 to 1.20 do not: they close their client, ask it again, and it raises a RuntimeError.
+    """
+    try:
+        return huggingface_hub.hf_hub_download(repository, file)
+    except RuntimeError:
+        return huggingface_hub.hf_hub_download(repository, file, local_files_only=True)
 
 
 def reason(error, hub, page):
