@@ -5,7 +5,6 @@ file per part of the model, or a name in DOWNLOADS. Loading an untrusted file ca
 pickles are read with weights_only=True. The tensors are mapped into memory, so that their bytes
 are read when they are used, and a model that moves to a GPU leaves none behind.
 """
-import contextlib
 import errno
 import importlib
 import json
@@ -108,7 +107,7 @@ def environment():
 
 
 def import_hub(name):
-    """Import a module of huggingface_hub, or one that imports it.
+    """Import a module of huggingface_hub. Late, since only a download needs it.
 
     The hub reads the environment as it is imported; raises UserError if it does not take it.
     """
@@ -117,11 +116,6 @@ def import_hub(name):
     except ValueError as error:
         raise UserError(f"cannot import huggingface_hub ({error}){environment()}") from error
     return importlib.import_module(name)
-
-
-# Early, but what is wrong with it concerns only those who need it.
-with contextlib.suppress(UserError):
-    import_hub("huggingface_hub.errors")
 
 
 def download(repository, files):
