@@ -8,7 +8,6 @@ time step, and each has noise of its own. The arithmetic is float32 whatever the
 format is: 1 - ᾱ_0 is 0.00085, and bfloat16 keeps 8 bits. A function that you rewrite must keep
 that, also under autocast and for bfloat16 inputs.
 """
-import functools
 import math
 
 import torch
@@ -26,22 +25,22 @@ def betas():
     return torch.linspace(*ends, NUM_TIMESTEPS, dtype=torch.float64) ** 2
 
 
-@functools.cache
-def _alphas_cumprod_on(device):
-    """What `alphas_cumprod` returns, made once per device."""
-    # A tensor made in inference mode could not be used in training later.
-    with torch.inference_mode(False):
-        return torch.cumprod(1 - betas(), 0).float().to(device)
+# The schedule on each device that has asked for it. To torch.compile and to a CUDA graph what lies
+# here is a constant, not a copy to the device. (`torch.compiler.assume_constant_result` would say
+# the same, but it imports the compiler, which takes as long as all else after torch.)
+SCHEDULES = {}
 
 
-# To torch.compile and to a CUDA graph it is a constant, not a copy to the device.
-@torch.compiler.assume_constant_result
 def alphas_cumprod(device=torch.device("cpu")):
     """ᾱ_t = Π_{s ≤ t} (1 - β_s), the signal's share of the variance at t, from 0.9991 to 0.0047.
 
     [1000] float32. There is one tensor per device, shared by all callers: do not write to it.
     """
-    return _alphas_cumprod_on(device)
+    if device not in SCHEDULES:
+        # A tensor made in inference mode could not be used in training later.
+        with torch.inference_mode(False):
+            SCHEDULES[device] = torch.cumprod(1 - betas(), 0).float().to(device)
+    return SCHEDULES[device]
 
 
 def alpha_bar(t, x):

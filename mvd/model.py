@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from . import cameras, diffusion, presets, weights
 from .presets import PRESETS, ModelConfig
@@ -103,6 +104,19 @@ def cut_table(text, row_of):
         text["token_embedding.weight"] = table[list(row_of)]
 
 
+class Uninitialised(TorchFunctionMode):
+    """Within this context the layers that are made draw no numbers: a file will hold them.
+
+    On the meta device there is nothing to draw, but `nn.init.normal_` imports the whole compiler
+    for it, which takes as long as all else that a sample needs before its first step.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return None
+        return function(*args, **(kwargs or {}))
+
+
 # ---- the model -------------------------------------------------------------------------------
 
 class MVDream(nn.Module):
@@ -176,7 +190,7 @@ class MVDream(nn.Module):
             )
             for key, tensor in zero_camera_mlp(config.unet).state_dict().items():
                 parts["unet"][f"camera_mlp.{key}"] = tensor
-        with torch.device("meta"):
+        with torch.device("meta"), Uninitialised():
             model = MVDream(config)
         for part, tensors in parts.items():
             module = getattr(model, part)

@@ -9,12 +9,13 @@ import math
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .tools.checkpoint import import_hub
 from .tools.vocabulary import known_part, new_words
 
 
@@ -38,9 +39,13 @@ class TextConfig:
 
 @lru_cache(maxsize=1)
 def tokenizer():
-    """CLIP's byte-pair tokenizer: `.encode(text)` -> a list of token numbers."""
-    # Importing open_clip takes seconds, and it imports the hub.
-    return import_hub("open_clip.tokenizer").SimpleTokenizer()
+    """CLIP's byte-pair tokenizer, open_clip's: `.encode(text)` -> a list of token numbers."""
+    # Only that file is run. All of open_clip, which has networks and trainings, takes seconds.
+    folder = Path(find_spec("open_clip").origin).parent
+    spec = spec_from_file_location("open_clip_tokenizer", folder / "tokenizer.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.SimpleTokenizer()
 
 
 @lru_cache(maxsize=2**16)

@@ -301,13 +301,20 @@ def test_float32_under_autocast_and_from_bfloat16():
 
 
 def test_schedule_is_a_constant_to_the_compiler():
-    compiled = torch.compile(predict_x0, backend="eager", fullgraph=True)
-    x, eps, t = (
-        torch.randn(2, 4, 4, 3, 3),
-        torch.randn(2, 4, 4, 3, 3),
-        torch.tensor([1, 981]),
-    )
-    assert torch.allclose(compiled(x, t, eps), predict_x0(x, t, eps))
+    """Once it is on the device, a compiled step reads it: it is not made and copied again."""
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append({node.name for node in graph.graph.nodes})
+        return graph.forward
+
+    compiled = torch.compile(predict_x0, backend=keep, fullgraph=True)
+    x, eps = torch.randn(2, 2, 4, 4, 3, 3)
+    for t in (torch.tensor([1, 981]), torch.tensor([0, 999])):
+        assert torch.equal(compiled(x, t, eps), predict_x0(x, t, eps))
+    made = graphs[0] & {"cumprod", "linspace", "to", "copy_"}
+    assert len(graphs) == 1 and not made, "a compiled step makes the schedule anew"
+    assert alphas_cumprod() is alphas_cumprod(torch.device("cpu"))
 
 
 def test_the_steps_of_a_sampler_show_what_it_believes():

@@ -315,26 +315,39 @@ def test_bad_input_is_one_line_and_changes_nothing(
     } == before
 
 
-def test_unknown_words_are_named_once_in_one_clean_line(model_file, tmp_path):
-    """A real process, with nothing between it and stderr."""
+@pytest.fixture(scope="module")
+def process(model_file, tmp_path_factory):
+    """A real process, with nothing between it and stderr, that says what it imports, too.
+
+    Returns (its folder, its lines on stderr, the names of the imported modules).
+    """
+    folder = tmp_path_factory.mktemp("process")
+    flags = ["--model", model_file, "--device", "cpu", "--steps", "1"]
     ended = subprocess.run(
-        [
-            sys.executable,
-            SCRIPT,
-            "a red wombat",
-            "--model",
-            model_file,
-            "--device",
-            "cpu",
-            "--steps",
-            "1",
-        ],
-        cwd=tmp_path,
+        [sys.executable, "-X", "importtime", SCRIPT, "a red wombat", *flags],
+        cwd=folder,
         capture_output=True,
         text=True,
     )
-    assert ended.returncode == 0 and (tmp_path / "samples" / "a-red-wombat.png").exists()
+    assert ended.returncode == 0, ended.stderr
     lines = [line for line in re.split("[\r\n]", ended.stderr) if line and "%|" not in line]
+    imports = [line for line in lines if line.startswith("import time:")]
+    others = [line for line in lines if line not in imports]
+    return folder, others, {line.rpartition("|")[2].strip() for line in imports}
+
+
+def test_unknown_words_are_named_once_in_one_clean_line(process):
+    folder, lines, _ = process
+    assert (folder / "samples" / "a-red-wombat.png").exists()
     assert lines == [
         "warning: the model does not know wombat: left out; it knows: 3d a asset bulldog red"
     ]
+
+
+@pytest.mark.parametrize("name", ["torch._dynamo", "sympy", "open_clip", "huggingface_hub"])
+def test_a_sample_imports_no_compiler_and_no_other_network(process, name):
+    """Each takes a second or more; the first picture should not wait for what it does not use."""
+    _, _, imported = process
+    assert "torch" in imported and "mvd.text" in imported
+    found = sorted(module for module in imported if module.split(".")[0] == name or module == name)
+    assert not found, f"sample.py imports {name}, which takes long and draws nothing"

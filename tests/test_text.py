@@ -102,6 +102,18 @@ def test_long_prompts_are_cut_with_a_warning():
     assert rows[0, -1] == t.end
 
 
+def test_the_tokenizer_is_open_clips():
+    """Only its file is run; words of all scripts, also two that meet without a space."""
+    import open_clip
+
+    theirs, rng = open_clip.SimpleTokenizer(), random.Random(0)
+    alphabet = "aAéß 狗,.'0９_\u0301\u200d\U0001f415&amp;<end_of_text>\n"
+    for _ in range(500):
+        text = "".join(rng.choice(alphabet) for _ in range(20))
+        assert tokenizer().encode(text) == theirs.encode(text), f"{text!r} is spelled otherwise"
+    assert tokenizer().all_special_ids == theirs.all_special_ids
+
+
 def test_identifiers_are_single_tokens():
     assert all(len(tokenizer().encode(word)) == 1 for word in IDENTIFIERS)
 
