@@ -1,7 +1,7 @@
 """A tool, not a test: breaks the paper's functions one by one, and looks whether a test notices.
 
-    python tests/mutate.py --count 150 --seed 0 --jobs 64      # draw, run, print the survivors
-    python tests/mutate.py --function ddim_step                # all of one function, its tests alone
+    python tests/mutate.py --count 150 --seed 0 --jobs 64    # draw, run, print the survivors
+    python tests/mutate.py --function ddim_step              # all of one, by its own tests alone
     python tests/mutate.py --function composite --tests test_sds test_distill
 
 A mutant is a copy of the repository in which one expression of one public function is changed as
@@ -10,8 +10,9 @@ more or less, a missing detach. It is caught if one of the tests fails, or hangs
 of the module's own file that mention the function; if they pass, the rest of that file.
 
 A function is drawn first, then a kind of change, then one of that kind, so that long functions and
-frequent operators do not count more than others. Every result is a line of --out: a run that was killed goes on with the same command. The
-repository itself is not touched, nothing is fetched, and a GPU is not used.
+frequent operators do not count more than others. Every result is a line of --out: a run that was
+killed goes on with the same command. The repository itself is not touched, nothing is fetched, and
+no GPU is used.
 """
 import argparse
 import ast
@@ -57,10 +58,20 @@ ONLY = {
     "mvd/model.py": ["MVDream.encode", "MVDream.decode", "MVDream.sample"],
 }
 
-# Mutants that compute the same: (file, kind, a part of the line before, why). They are not drawn.
+# Mutants that compute the same are not drawn: (function, kind, a part of the line, why).
 EQUIVALENT = [
-    ("mvd/hashgrid.py", "detach", "detach().floor()", "floor has no slope of its own"),
-    ("mvd/render.py", "detach", "no_grad", "what it computes is not differentiable, or unused"),
+    ("encode_plainly", "detach", "floor()", "floor has no slope"),
+    ("HashGrid.corners", "detach", "floor()", "floor has no slope"),
+    ("pairs_are_complex", "comparison", "", "the two forms compute the same"),
+    ("NeRF.activate", "detach", "inside", "a comparison has no slope"),
+    ("march_rays", "detach", "no_grad", "rays and occupancy do not learn"),
+    ("select_samples", "detach", "no_grad", "rays and occupancy do not learn"),
+    ("smoothness_loss", "operands", "torch.cat", "the distance is the same from the other end"),
+    ("draw_seen_points", "off by one", "clamp", "only NaN gets there"),
+    ("MultiViewUNet.add_token", "operands", "", "attention does not see the order of the text"),
+    ("GroupNorm.written_out", "detach", "first", "a shift changes nothing, so it has no slope"),
+    ("draw_cameras", "operands", "in_degrees", "each is half of the cases"),
+    ("class_loss", "detach", "no_grad", "neither θ0 nor the contexts learn"),
 ]
 
 
@@ -407,8 +418,8 @@ def is_new(source, mutant):
 
 def equivalent(mutant):
     """Is it one of those that compute the same?"""
-    for file, kind, part, _ in EQUIVALENT:
-        if (file, kind) == (mutant.file, mutant.kind) and part in mutant.before:
+    for function, kind, part, _ in EQUIVALENT:
+        if (function, kind) == (mutant.function, mutant.kind) and part in mutant.before:
             return True
     return False
 

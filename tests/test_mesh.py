@@ -227,6 +227,14 @@ def test_border_is_closed(values, genus_0_parts):
     assert mesh.volume(vertices, faces) > 0
 
 
+def test_the_border_is_closed_half_a_cell_outside_at_most():
+    """Also if what is inside is far more above the threshold than the rest is below it."""
+    values = np.full((4, 4, 4), -1.0)
+    values[0] = 100.0
+    vertices, _ = mesh.marching_tetrahedra(values, 0.0)
+    assert vertices.min() == pytest.approx(-0.5, abs=1e-6)
+
+
 def test_noise_and_special_values_are_closed():
     """Values exactly at the threshold, infinities and NaN must not open the surface."""
     generator = np.random.default_rng(0)
@@ -482,10 +490,13 @@ def ball():
     def density(points):
         calls.append(len(points))
         distance = (points - torch.tensor(CENTRE)).norm(dim=-1)
-        return 25 + 200 * (0.5 - distance)
+        return 25 + 200 * (radius - distance)
 
     def colour(points):
         return (points * 1.5 + 1) / 2
+
+    # As of a field that learns: nothing of it is differentiated.
+    radius = torch.tensor(0.5, requires_grad=True)
 
     result = mesh.extract(density, colour, resolution=44)
     assert sum(calls[:2]) == 44 ** 3, "not one density per cell"
@@ -529,6 +540,11 @@ def test_colours_are_those_that_a_ray_collects():
     passed = math.exp(-40 * 0.25)
     mean_depth = 1 / 40 - 0.25 * passed / (1 - passed)
     assert seen.numpy() == pytest.approx(mean_depth, rel=5e-3)
+    # Where hardly anything is dense, all samples count the same: their mean is the middle.
+    thin = mesh.seen_colours(
+        lambda x: torch.full_like(x[:, 0], 1e-3), lambda x: x, points, inward, start=-0.1, end=0.3)
+    middle = points + 0.1 * inward
+    torch.testing.assert_close(thin, middle, rtol=0, atol=1e-4, msg="the samples are off centre")
     # Where nothing is seen, nothing is divided by 0.
     nothing = mesh.seen_colours(lambda x: 0 * x[:, 0], lambda x: x, points, inward)
     assert torch.equal(nothing, torch.zeros(3, 3))

@@ -39,7 +39,7 @@ def test_starts_as_the_ball():
 
 
 def test_nothing_outside_the_box():
-    inside = [[0.0, 0, 0], [-0.99, 0.99, 0.99]]
+    inside = [[0.0, 0, 0], [-0.99, 0.99, 0.99], [1.0, -1.0, 1.0]]
     outside = [[1.001, 0, 0], [0, -1.5, 0], [0, 0, 3.0]]
     nerf = small()
     assert (nerf.density(torch.tensor(inside)) > 0).all()

@@ -445,6 +445,100 @@ def test_shading_adds_the_orientation_loss(model_file):
     assert not torch.allclose(*tables), "the orientation loss moves nothing"
 
 
+@pytest.mark.parametrize("name, weight", [
+    ("smoothness_loss", "smoothness"), ("orientation_loss", "orientation"),
+])
+def test_a_penalty_is_added_not_taken_away(model_file, monkeypatch, name, weight):
+    """More weight changes the field's gradient by that of the penalty itself, with its sign."""
+    asked, penalty = [], getattr(render, name)
+    monkeypatch.setattr(render, name, lambda *inputs: asked.append(penalty(*inputs)) or asked[-1])
+    gradients = []
+    for size in (1.0, 1001.0):
+        settings = dict(shading=True, smooth_points=64, smoothness=1.0)
+        if weight == "smoothness":
+            settings["smoothness"] = size
+        distillation = make_distillation(model_file, **settings)
+        if weight == "orientation":
+            distillation.orientation.fill_(size)
+        table = distillation.nerf.encoding.table
+        draws = distillation.draw()
+        _, _, total = distillation.render_images(draws)
+        gradients.append(torch.autograd.grad(total, table, retain_graph=True)[0])
+    own, = torch.autograd.grad(asked[-1], table)
+    change = gradients[1] - gradients[0]
+    assert own.abs().max() > 0
+    torch.testing.assert_close(
+        change, 1000 * own, rtol=1e-3, atol=1e-3 * own.abs().max().item() * 1000,
+        msg=f"the {weight} is not added with its weight: is its sign right?",
+    )
+
+
+@pytest.mark.parametrize("lit_kind, lit, expected", [
+    (0.1, 1.0, (0.0, 0.0)),
+    (0.4, 1.0, (0.7, 0.0)),
+    (0.9, 1.0, (0.7, 1.0)),
+    (0.4, 0.0, (0.0, 0.0)),
+    (0.9, 0.0, (0.0, 0.0)),
+])
+def test_the_kinds_of_light(model_file, lit_kind, lit, expected):
+    """A quarter shows the albedo alone, three eighths a lamp, three eighths a lamp on white."""
+    distillation = make_distillation(model_file, shading=True)
+    distillation.lit.fill_(lit)
+    draws = distillation.draw()
+    number = torch.tensor(lit_kind), torch.tensor(0.7)
+    shading = distillation.shading(draws._replace(lit_kind=number[0], softness=number[1]))
+    found = float(shading.softness), float(shading.textureless)
+    assert found == pytest.approx(expected), "softness and textureless of this kind of light"
+    pixels = distillation.stage.size ** 2
+    lamps = shading.light.view(-1, pixels, 3)
+    assert (lamps == draws.light.reshape(-1, 1, 3)).all(), "a ray has the lamp of another view"
+
+
+def test_a_step_renders_what_its_samples_show(model_file, rendered):
+    """Ray by ray in a loop (NeRF eq. 3): a wrong transmittance is a wrong picture."""
+    distillation = make_distillation(model_file, random_background=0.0)
+    images, opacity, _ = distillation.render_images(distillation.draw())
+    (background, seen), = rendered
+    with torch.no_grad():
+        density, albedo = distillation.nerf(seen.samples.position)
+    colours = background.double().clone()
+    left = torch.ones(len(colours), dtype=torch.float64)
+    width = seen.samples.width.double()
+    for i, ray in enumerate(seen.samples.ray.tolist()):
+        if i == 0 or ray != before:
+            colour, light = 0, torch.tensor(1.0, dtype=torch.float64)
+        alpha = 1 - torch.exp(-density[i].double() * width[i])
+        colour = colour + light * alpha * albedo[i].double()
+        light = light * (1 - alpha)
+        colours[ray] = colour + light * background[ray].double()
+        left[ray] = light
+        before = ray
+    assert left.min() < 0.5, "the field hides nothing: the test would see no mistake"
+    wanted = colours.view(4, STAGE.size, STAGE.size, 3).movedim(-1, 1)
+    wanted = torch.nn.functional.interpolate(wanted, images.shape[-2:], mode="bilinear")
+    torch.testing.assert_close(
+        images[0].double(), 2 * wanted - 1, rtol=0, atol=1e-4,
+        msg="the pictures of a step are not the volume rendering of its samples",
+    )
+    assert opacity.item() == pytest.approx(1 - left.mean().item(), abs=1e-4)
+
+
+def test_a_large_rendering_is_averaged_to_the_models_size(model_file, monkeypatch):
+    """Of columns of which every fourth is white, a quarter of the light is left, everywhere."""
+    stage = sds.Stage(size=128, sets=1, budget=1024)
+    distillation = make_distillation(model_file, stage=stage, smoothness=0.0)
+    columns = (torch.arange(128) % 4 == 0).float().view(1, 1, 128, 1)
+    rgb = columns.expand(4, 128, 128, 3).reshape(-1, 3)
+    field = distillation.nerf
+    monkeypatch.setattr(render, "render_rays", lambda *given, **named: render.Rendering(
+        rgb, torch.ones(len(rgb)), None, None, None, None, None))
+    monkeypatch.setattr(field, "background", lambda directions: directions.abs())
+    images, _, _ = distillation.render_images(distillation.draw())
+    assert images.shape[-1] == 32
+    middle = images[..., 2:-2]
+    assert (middle + 0.5).abs().max() < 0.02, "pixels were left out: is it antialiased?"
+
+
 class WatchCopies(TorchDispatchMode):
     """Lists the operations that copy numbers to the device "meta".
 

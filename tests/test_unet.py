@@ -12,7 +12,14 @@ from safetensors.torch import load_file
 
 from layouts import named_tensor
 from mvd.tools.errors import UserError
-from mvd.unet import ATTENTION, MultiViewTransformer, MultiViewUNet, UNetConfig, time_embedding
+from mvd.unet import (
+    ATTENTION,
+    MultiViewTransformer,
+    MultiViewUNet,
+    UNetConfig,
+    is_variant,
+    time_embedding,
+)
 from mvd.weights import convert
 
 DATA = Path(__file__).parent / "data"
@@ -311,3 +318,8 @@ def test_unknown_variants_are_refused_in_one_line():
         MultiViewUNet(replace(SMALL, attention="temporal"))
     with pytest.raises(UserError, match="no camera 'image': choose time, text, none"):
         MultiViewUNet(replace(SMALL, camera="image"))
+
+
+def test_what_differs_from_mvdream_is_a_variant():
+    assert not is_variant(UNetConfig()) and not is_variant(UNetConfig(model_channels=32))
+    assert is_variant(UNetConfig(attention="view")) and is_variant(UNetConfig(camera="text"))
