@@ -8,7 +8,7 @@ It is also the place to play: a step is a function of a `Scene`. Change its argu
 
     from mvd import tour
     scene = tour.set_scene("bulldog", "crown", "red")
-    picture, words = tour.attention(scene, t=200, tokens=((4, 8),))
+    picture, words = tour.attention(scene, t=500, places=((4, 8), (6, 6)))
     tour.to_pil(picture).show()
 
 The pictures are [3, H, W] in [0, 1]. Latents are decoded to be looked at, also noisy ones: the
@@ -165,7 +165,7 @@ def prediction(scene, times=TIMES):
 
 
 def sample_states(scene, camera, context, steps, guidance):
-    """What a sampler goes through: [(x, predicted x0), ...], each [1, V, c, h, w]."""
+    """What a sampler goes through: [(x, predicted x0), ...], [1, V, c, h, w] each."""
     def guided(x_t, t):
         unet = scene.model.unet
         return diffusion.guided_noise(unet, x_t, t, context, camera, guidance)[0]
@@ -287,10 +287,13 @@ def distil_image(scene, steps=150, guidance=5.0, lr=0.1):
     )
 
 
-def new_distillation(scene):
-    """An `sds.Distillation` of the scene's prompt, with a new field: a soft grey ball."""
-    _, changes = presets.settings_for("distill", scene.model.config)
-    s = replace(sds.DistillSettings(scene.prompt), **changes)
+def new_distillation(scene, **changes):
+    """An `sds.Distillation` of the scene's prompt, with a new field: a soft grey ball.
+
+    changes: of the settings that `distill.py` has for this model.
+    """
+    _, settings = presets.settings_for("distill", scene.model.config)
+    s = replace(sds.DistillSettings(scene.prompt), **{**settings, **changes})
     distillation = sds.Distillation(s, scene.model, scene.context)
     visit(distillation)
     return distillation
@@ -404,9 +407,9 @@ def belief(scene, t=700, guidance=5.0):
     )
 
 
-def distil_field(scene, steps=40):
+def distil_field(scene, steps=40, lr_grid=0.05, lr=0.01):
     """9. Forty steps of the whole loop."""
-    distillation = new_distillation(scene)
+    distillation = new_distillation(scene, lr_grid=lr_grid, lr=lr)
     moments = [0, steps // 4, steps // 2, steps]
     rows = []
     for step in range(steps + 1):
@@ -420,8 +423,8 @@ def distil_field(scene, steps=40):
             distillation.step()
     return sheet(rows), (
         "The same again and again, from other sides and with less and less noise: colours come "
-        "first, then the outline, and every side becomes another one. `python distill.py` takes "
-        f"{distillation.s.steps} steps, after which there are eyes and a crown."
+        "first, then the outline, and every side becomes another one. distill.py takes "
+        f"{distillation.s.steps} steps with smaller learning rates, and there are eyes and a crown."
     )
 
 
@@ -494,7 +497,9 @@ def main(argv=None):
     steps = [STEPS[s.step - 1]] if s.step else STEPS
     sections = []
     with run.starting(out):
-        for step in tqdm(steps, unit="step"):
+        bar = tqdm(steps, unit="step")
+        for step in bar:
+            bar.set_description(heading(step))
             begin = time.time()
             torch.manual_seed(s.seed)
             picture, words = step(scene)
@@ -505,7 +510,7 @@ def main(argv=None):
             live = len(sections) < len(steps)
             write_tour(out, scene, sections, asdict(s), live)
             run.log(out / "log.jsonl", step=number, seconds=time.time() - begin)
-    print(f"{out}: {len(steps)} steps; open {out / 'index.html'}")
+    print(f"open {out / 'index.html'}")
 
 
 if __name__ == "__main__":

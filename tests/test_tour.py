@@ -24,10 +24,10 @@ def scene():
 @pytest.fixture
 def short(monkeypatch):
     """Steps that take a second instead of a minute."""
-    monkeypatch.setattr(tour.sample, "__defaults__", (8, 4.0))
-    monkeypatch.setattr(tour.sample_without_cameras, "__defaults__", (8, 4.0))
-    monkeypatch.setattr(tour.distil_image, "__defaults__", (7, 5.0, 0.1))
-    monkeypatch.setattr(tour.distil_field, "__defaults__", (2,))
+    monkeypatch.setattr(tour.sample, "__defaults__", (3, 4.0))
+    monkeypatch.setattr(tour.sample_without_cameras, "__defaults__", (3, 4.0))
+    monkeypatch.setattr(tour.distil_image, "__defaults__", (2, 5.0, 0.1))
+    monkeypatch.setattr(tour.distil_field, "__defaults__", (1, 0.05, 0.01))
 
 
 def test_the_page_holds_every_step_and_needs_nothing_else(scene, short, monkeypatch, tmp_path):
@@ -101,6 +101,47 @@ def test_attention_shows_the_tokens_that_the_network_looks_at(scene, monkeypatch
     assert (columns.min(), columns.max()) == (3 * cell, 4 * cell - 1)
 
 
+@pytest.mark.parametrize("step", [
+    tour.prediction, tour.sample, tour.sample_without_cameras, tour.belief,
+])
+def test_a_network_that_knows_the_answer_predicts_it(scene, short, monkeypatch, step):
+    """Whatever the noise, the predicted x0 of each step is the answer, and a sample ends there."""
+    asked = []
+
+    def network(x_t, t, context, camera):
+        asked.append(camera)
+        abar = diffusion.alpha_bar(t, x_t)
+        return (x_t - abar.sqrt() * scene.x0) / (1 - abar).sqrt()
+
+    monkeypatch.setattr(scene.model.unet, "forward", network)
+    monkeypatch.setattr(tour, "look", lambda scene, latents: latents.flatten(0, -4))
+    monkeypatch.setattr(tour, "sheet", lambda rows: rows)
+    rows, _ = step(scene)
+    found = {names[0]: images for images, names in rows}
+    answer = scene.x0[0] if step is tour.belief else scene.x0[0, :1]
+    predicted = found["predicted x0"]
+    torch.testing.assert_close(
+        predicted, answer.expand_as(predicted), rtol=0, atol=2e-4, msg="that is not the x0")
+    assert all((camera is None) == (step is tour.sample_without_cameras) for camera in asked)
+    if step in (tour.sample, tour.sample_without_cameras):
+        result, _ = rows[2]
+        assert (result - scene.x0[0]).abs().mean() < 0.05, "the sample ends elsewhere"
+
+
+def test_noise_leaves_the_share_that_is_said(scene, monkeypatch):
+    """The signal that is left in x_t, measured by its correlation with x0."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(tour, "look", lambda scene, latents: latents)
+    monkeypatch.setattr(tour, "sheet", lambda rows: rows)
+    large = scene._replace(x0=torch.randn(1, 1, 8, 64, 64))
+    rows, words = tour.noise(large, times=(20, 500, 980))
+    x_t, _ = rows[0]
+    signal = (x_t * large.x0[:, 0]).mean((1, 2, 3))
+    expected = diffusion.alphas_cumprod()[[20, 500, 980]].sqrt()
+    torch.testing.assert_close(signal, expected, rtol=0, atol=0.02)
+    assert "0.6%" in words
+
+
 def test_a_single_image_is_pulled_to_what_the_model_predicts(scene, monkeypatch):
     """A network that always believes in the same latents: they become the image."""
     torch.manual_seed(0)
@@ -115,6 +156,6 @@ def test_a_single_image_is_pulled_to_what_the_model_predicts(scene, monkeypatch)
     monkeypatch.setattr(scene.model.unet, "forward", network)
     monkeypatch.setattr(tour, "look", lambda scene, x: seen.append(x.detach().clone()) or x[0])
     monkeypatch.setattr(tour, "sheet", lambda rows: rows)
-    tour.distil_image(scene, steps=80)
+    tour.distil_image(scene, steps=40, lr=0.2)
     before, after = [(x - belief).abs().mean().item() for x in (seen[0], seen[-1])]
     assert after < 0.1 * before, f"from {before:.2f} it came only to {after:.2f}"
