@@ -63,6 +63,8 @@ EQUIVALENT = [
     ("encode_plainly", "detach", "floor()", "floor has no slope"),
     ("HashGrid.corners", "detach", "floor()", "floor has no slope"),
     ("pairs_are_complex", "comparison", "", "the two forms compute the same"),
+    ("Lookup.backward", "comparison", "pairs_are", "the two forms compute the same"),
+    ("TextTower.tokens_of", "comparison", "", "CLIP reads a text word by word, too"),
     ("NeRF.activate", "detach", "inside", "a comparison has no slope"),
     ("march_rays", "detach", "no_grad", "rays and occupancy do not learn"),
     ("select_samples", "detach", "no_grad", "rays and occupancy do not learn"),

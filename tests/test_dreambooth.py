@@ -122,7 +122,9 @@ def test_gradient_of_the_preservation_loss(block, monkeypatch):
     gradients = [torch.randn(3, 4), torch.randn(5)]
     for w, g in zip(weights, gradients):
         w.grad = g.clone()
+        w.requires_grad_()
     l1, l2, own, pull = dreambooth.preserve(weights, start, 300.0)
+    assert not l1.requires_grad and not weights[0].grad.requires_grad, "a graph is kept"
 
     leaves = [w.detach().double().requires_grad_() for w in weights[:2]]
     distance = sum((w - w0).abs().sum() for w, w0 in zip(leaves, start))

@@ -11,8 +11,8 @@ from mvd.hashgrid import HashGridConfig
 from mvd.nerf import NeRF, NeRFConfig
 from mvd.render import (
     DIAGONAL, OccupancyGrid, Samples, Shading, box_interval, composite, draw_jitter, draw_light,
-    draw_seen_points, find_in_row, march_rays, orientation_loss, render_rays, render_views, sample_rays,
-    select_samples, shade, smoothness_loss)
+    cells_along, draw_seen_points, find_in_row, march_rays, orientation_loss, render_rays,
+    render_views, sample_rays, select_samples, shade, smoothness_loss)
 
 
 class Ball:
@@ -200,6 +200,15 @@ def test_march_is_the_plain_loop():
     different = (wanted.flatten() != torch.tensor(expected)).sum()
     assert different <= 2, "more steps differ than may fall on a cell's border"
     assert torch.allclose(first, near + jitter * step)
+
+
+def test_the_cells_along_a_ray():
+    """From the first cell to the last, and never out of the grid."""
+    start = torch.tensor([[0.5, 0.5, 0.5], [3.5, 2.5, 1.5], [3.9, 3.9, 3.9]])
+    along = torch.tensor([[1.0, 1.0, 1.0], [-1.0, 0.0, 0.5], [0.2, 0.2, 0.2]])
+    found = cells_along(start, along, torch.arange(4.0), 4)
+    expected = [[0, 21, 42, 63], [57, 42, 26, 11], [63, 63, 63, 63]]
+    assert found.tolist() == expected, "cell (i, j, k) is at (i · size + j) · size + k"
 
 
 def steps_to_choose_from(seed=0):

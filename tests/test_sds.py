@@ -586,7 +586,11 @@ def test_a_step_has_static_shapes_and_copies_nothing_to_the_device(model_file, s
     """
     distillation = make_distillation(model_file, "meta", **settings)
     # The noise schedule is copied once.
-    distillation.step()
+    try:
+        distillation.step()
+    except (NotImplementedError, RuntimeError) as error:
+        # Of torch.nonzero, which a boolean index calls, and of `.item()`.
+        pytest.fail(f"in a step a shape depends on data, or a number is read from it: {error}")
     with WatchCopies() as copies, WatchNumbers() as numbers:
         result = distillation.step()
     assert result.loss.shape == result.gradient.shape == result.opacity.shape == ()

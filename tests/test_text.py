@@ -62,6 +62,19 @@ def test_penultimate_layer_is_a_shorter_tower():
 
 
 @torch.no_grad()
+def test_a_new_tower_starts_as_clip_does():
+    """The deviations of OpenCLIP's `init_parameters`, for 3 layers of width 32."""
+    new = tower(layers=3)
+    residual = 32**-0.5 / 6**0.5
+    expected = {"qkv": 32**-0.5, "out": residual, "feed_in": 64**-0.5, "feed_out": residual}
+    for name, deviation in expected.items():
+        weights = torch.stack([getattr(block, name).weight for block in new.blocks])
+        assert weights.std().item() == pytest.approx(deviation, rel=0.05), name
+    assert new.token_embedding.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert new.positional_embedding.std().item() == pytest.approx(0.01, rel=0.1)
+
+
+@torch.no_grad()
 def test_cut_table_gives_what_the_whole_table_gives():
     words = ("a", "bulldog", "crown", "pedestal", "wearing")
     whole, cut = tower(), tower(words=words)
