@@ -28,6 +28,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -170,6 +171,11 @@ class Changes:
         """Where a node lies in the source: (start, end)."""
         start = self.begin[node.lineno - 1] + node.col_offset
         return start, self.begin[node.end_lineno - 1] + node.end_col_offset
+
+    def lines_of(self, function):
+        """Where a function's lines lie, with its decorators: (start, end)."""
+        first = min(node.lineno for node in [function, *function.decorator_list])
+        return self.begin[first - 1], self.begin[function.end_lineno]
 
     def text(self, node):
         start, end = self.span(node)
@@ -399,7 +405,8 @@ def mutants_of(file, root=ROOT):
                 before=one_line(source, start, end, old),
                 after=one_line(source, start, end, text),
             )
-            if is_new(source, mutant) and not equivalent(mutant):
+            lines = changes.lines_of(node)
+            if is_new(source, mutant, *lines) and not equivalent(mutant):
                 found.append(mutant)
     return found
 
@@ -409,13 +416,15 @@ def apply(source, mutant):
     return source[:mutant.start] + mutant.text.encode() + source[mutant.end:]
 
 
-def is_new(source, mutant):
-    """Is the changed file Python, and another program?"""
+def is_new(source, mutant, start, end):
+    """Is the changed function, the bytes start..end of the source, Python and another program?"""
+    changed = apply(source, mutant)
+    before = textwrap.dedent(source[start:end].decode())
+    after = textwrap.dedent(changed[start:end + len(changed) - len(source)].decode())
     try:
-        changed = ast.parse(apply(source, mutant))
+        return ast.dump(ast.parse(before)) != ast.dump(ast.parse(after))
     except SyntaxError:
         return False
-    return ast.dump(changed) != ast.dump(ast.parse(source))
 
 
 def equivalent(mutant):
