@@ -110,9 +110,13 @@ def test_no_warning_for_known_words_and_the_empty_prompt():
 
 def test_long_prompts_are_cut_with_a_warning():
     t = tower()
-    with pytest.warns(UserWarning, match="cut"):
-        rows = t.tokenize(["a red car " * 10])
-    assert rows[0, -1] == t.end
+    for words in (11, 30):  # of 12 places two are for the start and the end
+        with pytest.warns(UserWarning, match="cut"):
+            rows = t.tokenize(["car " * words])
+        assert rows[0, -1] == t.end
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert t.tokenize(["car " * 10])[0, -1] == t.end
 
 
 def test_the_tokenizer_is_open_clips():
