@@ -11,8 +11,8 @@ It is also the place to play: a step is a function of a `Scene`. Change its argu
     picture, words = tour.attention(scene, t=500, places=((4, 8), (6, 6)))
     tour.to_pil(picture).show()
 
-The pictures are [3, H, W] in [0, 1]. Latents are decoded to be looked at, also noisy ones: the
-network itself never sees a pixel.
+A step returns a picture, [3, H, W] in [0, 1], and what it shows, in words. Latents are decoded to
+be looked at, also noisy ones: the network itself never sees a pixel.
 """
 import html
 import inspect
@@ -254,8 +254,8 @@ def attention(scene, t=200, places=((4, 8), (8, 8), (13, 10))):
     return sheet(rows), (
         "A token of the front view (green) looks at the tokens of all views; the more orange, the "
         "larger its weight softmax(q kᵀ / √d), from the network's own q and k. The crown looks at "
-        f"the crown from every side: {' and '.join(others)} of the weight of these rows go to "
-        "other views, which is how the views come to agree."
+        f"the crown from every side: {', '.join(others)} of the weight of the rows goes to other "
+        "views, which is how the views come to agree."
     )
 
 
@@ -413,11 +413,11 @@ def distil_field(scene, steps=40, lr_grid=0.05, lr=0.01):
     moments = [0, steps // 4, steps // 2, steps]
     rows = []
     for step in range(steps + 1):
+        if step % 8 == 0:
+            visit(distillation)
         if step in moments:
             names = [f"step {step}, {side}" for side in SIDES]
             rows.append((look_at_field(distillation), names))
-        if step % 8 == 0:
-            visit(distillation)
         if step < steps:
             distillation.anneal(step / steps)
             distillation.step()
