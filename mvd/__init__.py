@@ -1,9 +1,14 @@
 """MVDream (arXiv 2308.16512) in PyTorch: multi-view diffusion for 3D generation."""
+import os
 import sys
 
 from .tools.threads import sleep_while_waiting
 
-sleep_while_waiting()  # before anything imports torch
+# Before anything imports torch: how its threads wait; and on a GPU, memory in pieces that grow,
+# since a run's stages want pieces of different sizes.
+sleep_while_waiting()
+if sys.platform == "linux":
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 try:
     from .model import MVDream  # noqa: E402
