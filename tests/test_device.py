@@ -11,7 +11,6 @@ import distill
 import dreambooth
 import sample
 import train
-from mvd import MVDream
 from mvd.tools import cli, device
 from mvd.tools.errors import UserError
 
@@ -134,14 +133,13 @@ SCRIPTS = {
 ])
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_without_memory_a_script_names_its_own_flags(monkeypatch, capsys, name, error, words):
-    """Run as a program; its model finds no memory. What it says to try is there to be tried."""
+    """Run as a program, which finds no memory. What it says to try is there to be tried."""
     script, settings, flags = SCRIPTS[name]
 
     def fails(*_, **__):
         raise error
 
     monkeypatch.setattr(sys, "argv", [name, *flags])
-    monkeypatch.setattr(MVDream, "load", fails)
     monkeypatch.setattr(cli, "parse", fails)
     with pytest.raises(SystemExit) as end:
         runpy.run_path(script.__file__, run_name="__main__")
@@ -160,6 +158,19 @@ def test_random_state_goes_on_where_it_was():
     first = torch.rand(4)
     device.set_random_state(state)
     assert torch.equal(torch.rand(4), first)
+
+
+def test_a_mac_keeps_its_generator_and_other_computers_leave_it_alone(monkeypatch):
+    there, kept = [True], []
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: there[0])
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: torch.arange(3))
+    monkeypatch.setattr(torch.mps, "set_rng_state", kept.append)
+    state = device.random_state()
+    device.set_random_state(state)
+    there[0] = False
+    device.set_random_state(state)
+    assert len(kept) == 1 and kept[0].tolist() == [0, 1, 2]
+    assert "mps" not in device.random_state()
 
 
 def test_a_step_off_cuda_is_just_the_step():

@@ -615,7 +615,7 @@ def test_a_resumed_run_in_float16_has_its_scale(folder):
 # ---- on a GPU --------------------------------------------------------------------------------
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("flags", [[], LEARNED])
+@pytest.mark.parametrize("flags", [[], LEARNED, [*LEARNED, "--dtype", "float16"]])
 def test_pictures_are_drawn_between_captured_steps(start, folder, tmp_path, monkeypatch, flags):
     """Before the capture and after it, what does not learn comes back for them and goes again."""
     monkeypatch.setattr(MVDream, "sample", SAMPLE)

@@ -448,10 +448,11 @@ def test_vae_errors_of_a_perfect_autoencoder_are_its_kl():
 
 
 @pytest.mark.gpu
-def test_a_run_on_a_gpu_learns(start, tmp_path):
+@pytest.mark.parametrize("dtype", ["auto", "float16"])
+def test_a_run_on_a_gpu_learns(start, tmp_path, dtype):
     """Both phases, eager and captured, with pictures between the steps."""
     flags = "--device cuda --vae-steps 60 --steps 12 --sample-every 20 --save-every 12".split()
-    start("run", *flags)
+    start("run", *flags, "--dtype", dtype)
     rows = run.read_log(tmp_path / "run" / "log.jsonl")
     losses = [row["multiview"] for row in rows if row["phase"] == "vae" and "multiview" in row]
     first, last = sum(losses[:5]) / 5, sum(losses[-5:]) / 5

@@ -158,10 +158,12 @@ def check_seed(seed):
 
 
 def random_state():
-    """Return the states of PyTorch's generators, of the CPU and of CUDA if there is one."""
+    """Return the states of PyTorch's generators, of the CPU and of a GPU if there is one."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
     return state
 
 
@@ -170,6 +172,8 @@ def set_random_state(state):
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+    if "mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])
 
 
 def load_optimizer(optimizer, state):
