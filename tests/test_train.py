@@ -201,8 +201,7 @@ def test_torchruns_restart_goes_on_with_no_run_but_its_own(start, tmp_path, monk
 
 
 @pytest.mark.parametrize("flag, rank_of, expected", [
-    ("auto", 0, torch.float32), ("float16", 0, torch.float16), ("bfloat16", 0, torch.bfloat16),
-    ("bfloat16", 1, torch.float16),
+    ("bfloat16", 0, torch.bfloat16), ("bfloat16", 1, torch.float16),
 ])
 def test_both_phases_learn_in_the_number_format_of_all_processes(
     start, monkeypatch, flag, rank_of, expected
