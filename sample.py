@@ -25,7 +25,7 @@ from mvd.tools import cli, run
 from mvd.tools.cli import setting
 from mvd.tools.device import choose_device, choose_dtype
 from mvd.tools.errors import UserError
-from mvd.tools.pictures import grid, save_png, save_views, to_pil
+from mvd.tools.pictures import check_numbers, grid, save_png, save_views, to_pil
 from mvd.tools.vocabulary import known_part
 
 # Of the cameras in transforms.json, degrees.
@@ -163,6 +163,7 @@ def main(argv=None):
         size=s.size,
         progress=tqdm,
     )  # [B, V, 3, H, W]
+    check_numbers(images)
     columns = min(s.views, 8)
     # White pictures fill the last row of a sample, so that the next one starts a row of its own.
     missing = -s.views % columns

@@ -1,9 +1,12 @@
 """python -m mvd.metrics, on samples and on runs."""
 import io
 import json
+import math
 import types
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from mvd import toyworld
 from mvd.metrics import command, consistency, things
@@ -110,6 +113,45 @@ def test_one_run_that_cannot_be_judged_does_not_spoil_the_others(monkeypatch, ca
     assert printed.count("good: recognised") == 1, "a folder that is named twice counts once"
     for name in ("taught", "training", "damaged"):
         assert f"left out: {tmp_path / name}" in errors.getvalue(), name
+
+
+@pytest.mark.parametrize("name, value", [
+    ("rgb", torch.full((4, 3, 8, 8), math.nan)),
+    ("rgb", torch.full((4, 3, 8, 8), math.inf)),
+    ("rgb", torch.zeros(4, 3, 8, 8, dtype=torch.uint8)),
+    ("rgb", torch.rand(4, 3, 0, 0)),
+    ("rgb", torch.rand(3, 8, 8)),
+    ("rgb", torch.rand(4, 4, 8, 8)),
+    ("rgb", torch.rand(5, 3, 8, 8)),
+    ("azimuth", torch.tensor(0.0)),
+    ("elevation", torch.zeros(4)),
+    ("fov", torch.zeros(0)),
+    ("prompt", 3),
+    ("prompt", ["a red bulldog"]),
+    ("mode", {}),
+])
+def test_a_run_whose_pictures_or_words_are_not_ours_is_refused(name, value, tmp_path):
+    tensors = dict(
+        rgb=torch.rand(4, 3, 8, 8), azimuth=torch.arange(4) * 90.0, elevation=torch.tensor(15.0),
+        fov=torch.tensor(40.0))
+    config = {"prompt": "a red bulldog", "mode": "3d"}
+    for stage in ("good", "bad"):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        save_file(tensors, tmp_path / "views.safetensors")
+        if stage == "good":
+            assert command.read_run(tmp_path).prompt == "a red bulldog"
+            (config if name in config else tensors)[name] = value
+    with pytest.raises(UserError, match="is no finished run of distill.py"):
+        command.read_run(tmp_path)
+
+
+def test_samples_that_are_nan_are_not_judged():
+    class Broken:
+        def sample(self, prompts, views, **_):
+            return torch.full((len(prompts), views, 3, 8, 8), math.nan)
+
+    with pytest.raises(UserError, match="not numbers"):
+        command.sample_all(Broken(), ["a red bulldog"], seed=0)
 
 
 def test_a_run_that_is_not_of_the_toy_world(monkeypatch, capsys, tmp_path):

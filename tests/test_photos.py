@@ -1,5 +1,6 @@
 """Pictures as people have them against what they show: colours, alpha, endings, damage, crops."""
 import io
+import os
 import struct
 import zlib
 
@@ -209,6 +210,8 @@ def test_what_cannot_be_read_is_left_out_and_named(tmp_path, recwarn):
     (tmp_path / "README").write_text("photos of my dog")
     (tmp_path / "folder.png").mkdir()
     picture().save(tmp_path / ".hidden.png")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe.png")
 
     names, rgba = photos.load(tmp_path, 32)
     assert names == ["good0.jpeg", "good1.jpeg", "good2.jpeg"]

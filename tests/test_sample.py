@@ -351,3 +351,15 @@ def test_a_sample_imports_no_compiler_and_no_other_network(process, name):
     assert "torch" in imported and "mvd.text" in imported
     found = sorted(module for module in imported if module.split(".")[0] == name or module == name)
     assert not found, f"sample.py imports {name}, which takes long and draws nothing"
+
+
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_pictures_that_are_nan_are_not_written(part, start, model_file, tmp_path, capsys):
+    """They would be black."""
+    model = MVDream.load(model_file)
+    list(getattr(model, part).parameters())[-1].data.fill_(math.nan)
+    model.save(tmp_path / "nan.safetensors")
+    flags = ["--model", str(tmp_path / "nan.safetensors"), "--out", "a.png", "--transforms", "b"]
+    assert start(*flags) == 2
+    assert "error: the model's pictures are not numbers (NaN)" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.png")), "a black picture was written"

@@ -25,6 +25,7 @@ from ..tools import cli
 from ..tools.device import LARGEST_SEED, choose_device, choose_dtype
 from ..tools.errors import UserError
 from ..tools.files import read_safetensors
+from ..tools.pictures import check_numbers
 from . import clip, consistency
 from .candidates import SAMPLED, Cameras, at_real_size, real_views
 from .judge import judge_sets, name_colours, report_line, variety
@@ -51,7 +52,9 @@ def sample_all(model, prompts, seed, batch=16, cameras=SAMPLED):
         sets.append(model.sample(
             prompts[i:i + batch], elevation=cameras.elevation, views=len(cameras.azimuth),
             seed=(seed + i) % (LARGEST_SEED + 1)))
-    return torch.cat(sets)
+    views = torch.cat(sets)
+    check_numbers(views)
+    return views
 
 
 def judge_samples(flags, device):
@@ -140,21 +143,32 @@ class Run(NamedTuple):
 
 
 def read_views(folder):
-    """The pictures in a run's folder: Cameras, views [V, 3, H, W]."""
+    """The pictures in a run's folder: Cameras, views [V, 3, H, W].
+
+    Raises UserError, KeyError or ValueError if they are not as distill.py writes them.
+    """
     tensors, _ = read_safetensors(Path(folder) / "views.safetensors")
+    views, azimuth = tensors["rgb"], tensors["azimuth"]
+    if views.ndim != 4 or views.shape[:2] != (azimuth.numel(), 3) or not views.numel():
+        raise ValueError(f"its pictures have the shape {list(views.shape)}")
+    if not views.is_floating_point() or not views.isfinite().all():
+        raise ValueError("its pictures are not numbers from 0 to 1")
+    if tensors["elevation"].numel() != 1 or tensors["fov"].numel() != 1:
+        raise ValueError("its cameras have several elevations or fields of view")
     cameras = Cameras(
         elevation=tensors["elevation"].item(),
-        azimuth=tuple(tensors["azimuth"].tolist()),
+        azimuth=tuple(azimuth.tolist()),
         fov_deg=tensors["fov"].item())
-    return cameras, tensors["rgb"]
+    return cameras, views
 
 
 def read_run(folder):
     """A folder of distill.py as a Run. Raises UserError if it is not one, or is not finished."""
     try:
         config = json.loads((Path(folder) / "config.json").read_bytes())
-        prompt = config["prompt"]
-        mode = config.get("mode", "3d")
+        prompt, mode = config["prompt"], config.get("mode", "3d")
+        if not isinstance(prompt, str) or not isinstance(mode, str):
+            raise ValueError("its prompt or mode is no text")
         cameras, views = read_views(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -283,7 +297,7 @@ def recognised_in_words(verdict):
 def with_surface(run):
     """The Run with its maps and edge. Raises UserError if its folder holds no normals."""
     tensors, _ = read_safetensors(Path(run.folder) / "views.safetensors")
-    if "normal" not in tensors:
+    if not {"normal", "opacity", "distance"} <= tensors.keys():
         raise UserError(
             f"{run.folder} was made by an older distill.py, which wrote no normals: "
             "make the object again, or leave out --shape")

@@ -345,8 +345,11 @@ def open_photo(file, size):
 
 
 def may_be_photo(path):
-    """Whether a file has the name of a picture, or is one."""
-    if path.name.startswith(".") or os.path.isdir(path):
+    """Whether a file has the name of a picture, or is one.
+
+    What is no file is none: a folder, or a pipe, which would be waited for. A broken link is named.
+    """
+    if path.name.startswith(".") or (os.path.exists(path) and not os.path.isfile(path)):
         return False
     return path.suffix.lower() in SUFFIXES + UNREADABLE or begins_as_picture(path)
 

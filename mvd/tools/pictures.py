@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .errors import UserError
 from .files import write_atomic
 
 # White pixels between the images of a sheet.
@@ -39,6 +40,14 @@ def to_pil(image):
     if pixels.dim() == 3:
         pixels = pixels.permute(1, 2, 0)
     return Image.fromarray(pixels.contiguous().numpy())
+
+
+def check_numbers(images):
+    """Raise UserError if pictures that a model drew are NaN, which would be shown as black."""
+    if images.isnan().any():
+        raise UserError(
+            "the model's pictures are not numbers (NaN): try --dtype float32 or a lower "
+            "--guidance; if that does not help, its weights are damaged")
 
 
 def save_png(path, image):
