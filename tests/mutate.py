@@ -67,6 +67,7 @@ EQUIVALENT = [
     ("Lookup.backward", "comparison", "pairs_are", "the two forms compute the same"),
     ("TextTower.tokens_of", "comparison", "", "CLIP reads a text word by word, too"),
     ("NeRF.activate", "detach", "inside", "a comparison has no slope"),
+    ("NeRF.geometry", "off by one", "hidden > 0", "a hidden number is never exactly 0"),
     ("march_rays", "detach", "no_grad", "rays and occupancy do not learn"),
     ("select_samples", "detach", "no_grad", "rays and occupancy do not learn"),
     ("smoothness_loss", "operands", "torch.cat", "the distance is the same from the other end"),

@@ -311,6 +311,24 @@ def rendered(monkeypatch):
     return rendered
 
 
+def test_what_changes_in_the_course_of_a_run(model_file):
+    """The noise falls until 0.8 of this run; the light goes on at 0.4."""
+    schedule = dict(t_start=0.9, t_min=0.1, t_max=0.5, anneal=0.8, shading_from=0.4)
+    run = make_distillation(model_file, **schedule)
+    for progress, *expected in (
+        (0.0, 0.9, 0.9, 0.0, 10.0),
+        (0.2, 0.7, 0.8, 0.0, 505.0),
+        (0.4, 0.5, 0.7, 1.0, 1000.0),
+        (0.8, 0.1, 0.5, 1.0, 1000.0),
+        (1.0, 0.1, 0.5, 1.0, 1000.0),
+    ):
+        run.anneal(progress)
+        found = [x.item() for x in (run.t_low, run.t_high, run.lit, run.orientation)]
+        assert found == pytest.approx(expected, rel=1e-5), (
+            f"t_low, t_high, lit and the weight of the orientation loss after {progress} of a run"
+        )
+
+
 @pytest.mark.parametrize("loss", ["x0", "sds"])
 @pytest.mark.parametrize("mode", ["3d", "2d"])
 def test_a_step_reaches_every_part_of_the_field(model_file, loss, mode):
@@ -473,22 +491,24 @@ def test_a_penalty_is_added_not_taken_away(model_file, monkeypatch, name, weight
     )
 
 
-@pytest.mark.parametrize("lit_kind, lit, expected", [
-    (0.1, 1.0, (0.0, 0.0)),
-    (0.4, 1.0, (0.7, 0.0)),
-    (0.9, 1.0, (0.7, 1.0)),
-    (0.4, 0.0, (0.0, 0.0)),
-    (0.9, 0.0, (0.0, 0.0)),
-])
-def test_the_kinds_of_light(model_file, lit_kind, lit, expected):
+def test_the_kinds_of_light(model_file):
     """A quarter shows the albedo alone, three eighths a lamp, three eighths a lamp on white."""
     distillation = make_distillation(model_file, shading=True)
-    distillation.lit.fill_(lit)
     draws = distillation.draw()
-    number = torch.tensor(lit_kind), torch.tensor(0.7)
-    shading = distillation.shading(draws._replace(lit_kind=number[0], softness=number[1]))
-    found = float(shading.softness), float(shading.textureless)
-    assert found == pytest.approx(expected), "softness and textureless of this kind of light"
+    for lit_kind, lit, expected in (
+        (0.1, 1.0, (0.0, 0.0)),
+        (0.4, 1.0, (0.7, 0.0)),
+        (0.9, 1.0, (0.7, 1.0)),
+        (0.4, 0.0, (0.0, 0.0)),
+        (0.9, 0.0, (0.0, 0.0)),
+    ):
+        distillation.lit.fill_(lit)
+        kind, softness = torch.tensor(lit_kind), torch.tensor(0.7)
+        shading = distillation.shading(draws._replace(lit_kind=kind, softness=softness))
+        found = float(shading.softness), float(shading.textureless)
+        assert found == pytest.approx(expected), (
+            f"softness and textureless of the kind {lit_kind}, the light {'on' if lit else 'off'}"
+        )
     pixels = distillation.stage.size ** 2
     lamps = shading.light.view(-1, pixels, 3)
     assert (lamps == draws.light.reshape(-1, 1, 3)).all(), "a ray has the lamp of another view"
