@@ -381,3 +381,18 @@ def test_squared_errors_are_the_formula_number_by_number():
     assert np.allclose(found, expected, atol=1e-4)
     short = squared_errors(lambda *given: unet(*given).bfloat16(), *arguments)
     assert short.dtype == torch.float32, "the errors are not float32 if the network is not"
+
+
+def test_noise_is_moved_to_the_device():
+    """It is drawn where the generator lives. PyTorch's device "meta" stands for a GPU here."""
+    devices = []
+
+    def eps_fn(x, t):
+        devices.append((x.device.type, t.device.type))
+        return x
+
+    generator = torch.Generator().manual_seed(0)
+    states = sampling_steps(
+        eps_fn, (1, 1, 1, 2, 2), steps=2, generator=generator, device=torch.device("meta"))
+    assert all(x.device.type == "meta" for x, _ in states)
+    assert devices == [("meta", "meta")] * 2

@@ -202,6 +202,18 @@ def test_march_is_the_plain_loop():
     assert torch.allclose(first, near + jitter * step)
 
 
+def test_the_longest_ray_is_marched_to_its_end():
+    """From corner to corner of a box that is full of matter, through which light passes."""
+    occupancy = OccupancyGrid(4)
+    occupancy.density_max.fill_(1.0)
+    occupancy.density_min.zero_()
+    direction = torch.full((1, 3), 1 / math.sqrt(3))
+    step = DIAGONAL / 10.5
+    _, counts = march_rays(
+        occupancy, -2 * direction, direction, step=step, jitter=torch.zeros(1))
+    assert counts[-1] == 11, "the last step, the half one, is part of the box"
+
+
 def test_the_cells_along_a_ray():
     """From the first cell to the last, and never out of the grid."""
     start = torch.tensor([[0.5, 0.5, 0.5], [3.5, 2.5, 1.5], [3.9, 3.9, 3.9]])
