@@ -98,7 +98,7 @@ TINY = Preset(
         # It was trained on grey backgrounds.
         random_background=1.0,
         grey_background=True,
-        smoothness=12.0,
+        smoothness=14.0,
         smooth_points=512,
         levels=8,
         log2_entries=15,

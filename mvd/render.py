@@ -167,7 +167,7 @@ def march_rays(occupancy, origins, directions, *, step, jitter):
         solid = depth.clamp(min=0)
         before = solid.cumsum(-1) - solid
         wanted = (depth >= 0) & inside & (before < OPAQUE)
-        counts.append(wanted.cumsum(-1, dtype=torch.int16))
+        counts.append(wanted.cumsum(-1, dtype=torch.int32).to(torch.int16))
     return first, torch.cat(counts)
 
 
