@@ -211,7 +211,7 @@ def test_the_longest_ray_is_marched_to_its_end():
     step = DIAGONAL / 10.5
     _, counts = march_rays(
         occupancy, -2 * direction, direction, step=step, jitter=torch.zeros(1))
-    assert counts[-1] == 11, "the last step, the half one, is part of the box"
+    assert counts[0, -1] == 11, "the last step, the half one, is part of the box"
 
 
 def test_the_cells_along_a_ray():
