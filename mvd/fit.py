@@ -262,11 +262,11 @@ def fail(problem):
 
 
 def stop_if_lost(failures, phase, saved, out):
-    """Raise UserError if the last steps were all skipped, because a number was not finite.
+    """Raise UserError if many steps in a row, or all of a phase, had a number that is not finite.
 
     saved: the step of the last checkpoint, None if there is none.
     """
-    if failures < MOST_FAILURES:
+    if failures < min(MOST_FAILURES, phase.plan.steps):
         return
     good = "there is no checkpoint yet"
     if (out / run.CHECKPOINT).exists():

@@ -222,9 +222,9 @@ def select_samples(origins, directions, first, counts, *, step, budget, phase):
 
 
 def find_in_row(counts, row, wanted):
-    """Where counts [R, K], which grow along each row, reach `wanted` [S] in the rows `row` [S]: [S].
+    """Where the rows `row` [S] of counts [R, K], which never fall, reach `wanted` [S]: [S].
 
-    The last place if they do not. By halving: `torch.searchsorted` would copy the rows.
+    The last place where they do not. By halving: `torch.searchsorted` would copy the rows.
     """
     last = counts.shape[1] - 1
     place = torch.zeros_like(row)

@@ -252,6 +252,12 @@ def test_ten_failures_in_a_row_stop_a_run_that_has_no_checkpoint(tmp_path, dtype
     assert run.last_checkpoint(tmp_path) is None
 
 
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_short_run_whose_steps_all_fail_does_not_end_well(tmp_path, steps):
+    with pytest.raises(UserError, match=f"not finite in {steps} steps in a row"):
+        Line(steps=steps, faults=set(range(steps))).fit(tmp_path)
+
+
 def test_a_lost_run_names_the_last_good_checkpoint_and_goes_on_from_it(tmp_path, monkeypatch):
     """train.py on balls: from step 10 on all is NaN."""
     toy_data.write(tmp_path / "data", size=64, views=8)
@@ -371,7 +377,7 @@ def test_float16_learns_what_float32_does(monkeypatch, device, steps):
         if dtype == HALF:
             torch.testing.assert_close(measured[0], losses, rtol=1e-3, atol=0)
             torch.testing.assert_close(measured[1], norms, rtol=1e-2, atol=0)
-    assert off[HALF] < 0.02 and off[HALF] < off[torch.bfloat16], f"the weights move elsewhere: {off}"
+    assert off[HALF] < 0.02 and off[HALF] < off[torch.bfloat16], f"weights move elsewhere: {off}"
 
 
 def test_the_bar_shows_numbers_and_losses_by_quarter():

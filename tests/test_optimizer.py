@@ -131,7 +131,7 @@ def test_a_skipped_step_changes_nothing_at_all(device, before):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_small_steps_are_not_lost(device):
-    """Three hundred steps of 1e-6 on weights of about 0.3, whose bfloat16 neighbours are 2e-3 apart.
+    """Three hundred steps of 1e-6 on weights of about 0.3, whose bfloat16 neighbours are 2e-3 off.
 
     The gradient is always the same, so each step moves each weight by the whole rate.
     """
