@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from mvd.cameras import VIEWS, orbit
 from mvd.data.transforms import write_transforms
+from mvd.diffusion import SAMPLERS
 from mvd.model import MVDream, read_config
 from mvd.tools import cli, run
 from mvd.tools.cli import setting
@@ -56,7 +57,9 @@ class SampleSettings:
     guidance: float = setting(10.0, "guidance scale", min=0)
     rescale: float = setting(0.0, "guidance rescale", min=0, max=1)
     steps: int = setting(50, "denoising steps", min=1, max=1000)
-    sampler: str = setting("ddim", "sampler", choices=("ddim", "ddpm"))
+    sampler: str = setting(
+        "ddim", "dpm++ needs the fewest steps, ddpm the most", choices=SAMPLERS
+    )
     eta: float = setting(0.0, "noise that DDIM adds back", min=0, max=1)
     seed: int = setting(0, "of the noise", min=0)
     device: str = setting("auto", "cuda, cpu, or mps (untested); auto: cuda, else cpu")

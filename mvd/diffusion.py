@@ -1,4 +1,4 @@
-"""The diffusion process: noise schedule, noising, the loss, guidance, and DDIM and DDPM sampling.
+"""The diffusion process: noise schedule, noising, the loss, guidance, and three samplers.
 
 Forward (DDPM, Ho et al. 2020, eq. 4):  x_t = sqrt(ᾱ_t) x_0 + sqrt(1 - ᾱ_t) ε,  ε ~ N(0, I).
 The network predicts the noise, ε_θ(x_t, t), or v, which implies it; all else is arithmetic.
@@ -15,6 +15,8 @@ import torch
 from .tools.errors import UserError
 
 NUM_TIMESTEPS = 1000
+# What `sampling_steps` knows.
+SAMPLERS = ("ddim", "ddpm", "dpm++")
 
 
 # ---- the noise schedule ----------------------------------------------------------------------
@@ -153,17 +155,21 @@ def rescale(guided, conditional, phi):
 
 # ---- samplers --------------------------------------------------------------------------------
 
-def timesteps(steps):
+def timesteps(steps, sampler="ddim"):
     """The time steps that a sampler visits, in its order: [steps] int64, descending, in 0..999.
 
     t_i = 1 + floor(1000 i / steps), which is the released rule where `steps` divides 1000: 981,
     961, ..., 21, 1 for 50. For 1000 steps the offset 1 is left out, since t would reach 1000.
-    Raises UserError unless 1 <= steps <= 1000.
+    DPM-Solver++ starts at the end, where there is only noise: 999, 949, ..., 99, 49 for 20 (Lin et
+    al. 2023, table 2, "trailing"); the step from 1 to 0 would be lost on it. Raises UserError
+    unless 1 <= steps <= 1000.
     """
     if not 1 <= steps <= NUM_TIMESTEPS:
         raise UserError(f"steps is {steps}, but a sampler takes 1 to {NUM_TIMESTEPS} steps")
     offset = 0 if steps == NUM_TIMESTEPS else 1
     spaced = torch.arange(steps).mul(NUM_TIMESTEPS).div(steps, rounding_mode="floor")
+    if sampler == "dpm++":
+        return NUM_TIMESTEPS - 1 - spaced
     return (spaced + offset).flip(0)
 
 
@@ -195,6 +201,31 @@ def ddpm_step(x_t, eps, abar_t, abar_prev, noise):
     return mean + variance**0.5 * noise
 
 
+def half_log_snr(abar):
+    """λ = log(sqrt(ᾱ) / sqrt(1 - ᾱ)), a number; infinite for ᾱ = 1, where no noise is left."""
+    return 0.5 * math.log(abar / (1 - abar)) if abar < 1 else math.inf
+
+
+def dpm_solver_step(x_t, x0, abar_t, abar_prev, before=None):
+    """x_t -> x_prev, float32 (DPM-Solver++(2M), Lu et al. 2022, algorithm 2).
+
+    DDIM takes x̂_0 for constant during a step of the flow, this solver for a straight line in λ,
+    through what the network believes now and what it believed one step before. abar_t <=
+    abar_prev: numbers. x0: x̂_0 at t. before: (x̂_0, ᾱ) of the step before; None: there was none,
+    and the step is DDIM's. So is one that leaves no noise (abar_prev 1, where λ is infinite).
+    """
+    lambda_t, lambda_prev = half_log_snr(abar_t), half_log_snr(abar_prev)
+    h = lambda_prev - lambda_t
+    D = x0.float()
+    if before is not None and h < math.inf:
+        x0_before, abar_before = before
+        h_before = lambda_t - half_log_snr(abar_before)
+        r = h_before / h if h else math.inf
+        D = (1 + 1 / (2 * r)) * D - 1 / (2 * r) * x0_before.float()
+    sigma_t, sigma_prev = (1 - abar_t) ** 0.5, (1 - abar_prev) ** 0.5
+    return sigma_prev / sigma_t * x_t.float() - abar_prev**0.5 * math.expm1(-h) * D
+
+
 @torch.no_grad()
 def sampling_steps(
     eps_fn, shape, steps=50, sampler="ddim", eta=0.0, *, generator=None, device=None
@@ -206,11 +237,11 @@ def sampling_steps(
     ᾱ_0 = 0.9991, as Stable Diffusion's does.
 
     eps_fn(x_t, t) -> the predicted noise, guided already, with t [B] int64. sampler: "ddim" (with
-    its eta) or "ddpm". Noise is drawn where the generator lives, then moved to the device (by
-    default the same). Raises UserError for steps outside 1..1000 and for an unknown sampler.
+    its eta), "ddpm" or "dpm++". Noise is drawn where the generator lives, then moved to the device
+    (by default the same). Raises UserError for steps outside 1..1000 and for an unknown sampler.
     """
-    if sampler not in ("ddim", "ddpm"):
-        raise UserError(f'unknown sampler "{sampler}": choose ddim or ddpm')
+    if sampler not in SAMPLERS:
+        raise UserError(f'unknown sampler "{sampler}": choose one of {", ".join(SAMPLERS)}')
     generator = generator or torch.default_generator
     device = device or generator.device
 
@@ -219,14 +250,17 @@ def sampling_steps(
         return noise.to(device)
 
     abar = alphas_cumprod()
-    times = timesteps(steps).tolist()
-    x = draw_noise()
+    times = timesteps(steps, sampler).tolist()
+    x, before = draw_noise(), None
     for t, t_prev in zip(times, times[1:] + [0]):
         eps = eps_fn(x, torch.full((shape[0],), t, device=device))
         abar_t, abar_prev = abar[t].item(), abar[t_prev].item()
         x0 = solve_x0(x, eps, abar_t)
         if sampler == "ddpm":
             x = ddpm_step(x, eps, abar_t, abar_prev, draw_noise())
+        elif sampler == "dpm++":
+            x = dpm_solver_step(x, x0, abar_t, abar_prev, before)
+            before = x0, abar_t
         else:
             x = ddim_step(x, eps, abar_t, abar_prev, eta, draw_noise() if eta else 0.0)
         yield x, x0

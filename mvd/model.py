@@ -313,8 +313,8 @@ class MVDream(nn.Module):
         mode "3d": the views stand at azimuths azimuth + k·span/views, all at one elevation
         (degrees), and the model's suffix is added to the prompt. mode "2d": independent pictures.
         negative, guidance, size (pixels): None means the model's own. rescale in [0, 1]: guidance
-        rescale (Lin et al. 2023). sampler: "ddim" with `eta`, or "ddpm". progress wraps the
-        list of time steps, as tqdm does.
+        rescale (Lin et al. 2023). sampler: "ddim" with `eta`, "ddpm" or "dpm++". progress
+        wraps the list of time steps, as tqdm does.
 
         Noise is drawn on the CPU: a seed gives the same picture on every device. Raises UserError
         for an empty prompt, steps outside 1..1000, a seed that `check_seed` refuses, or a size
@@ -347,7 +347,7 @@ class MVDream(nn.Module):
 
         h = size // self.latent_factor
         shape = (B, views, config.unet.in_channels, h, h)
-        times = diffusion.timesteps(steps).tolist()
+        times = diffusion.timesteps(steps, sampler).tolist()
         states = diffusion.sampling_steps(
             GraphedStep(guided_noise, device), shape, steps, sampler, eta,
             generator=generator, device=device,

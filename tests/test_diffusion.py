@@ -3,6 +3,7 @@
 In that world everything is known.
 """
 
+import itertools
 import math
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from mvd.diffusion import (
     denoising_loss,
     ddim_step,
     ddpm_step,
+    dpm_solver_step,
     guide,
     predict_noise,
     predict_x0,
@@ -57,12 +59,14 @@ def test_fifty_steps_are_the_released_ones():
 
 
 def test_every_number_of_steps_is_taken_exactly():
-    for steps in range(1, 1001):
-        times = timesteps(steps)
+    for steps, sampler in itertools.product(range(1, 1001), ("ddim", "dpm++")):
+        times = timesteps(steps, sampler)
         assert len(times) == steps and times[0] <= 999 and times[-1] >= 0
         gaps = times[:-1] - times[1:]
         assert steps == 1 or (gaps.min() >= 1 and gaps.max() - gaps.min() <= 1)
-        if 1000 % steps == 0 and steps < 1000:  # the released rule, where it is defined
+        if sampler == "dpm++":
+            assert times[0] == 999, "the solver does not start where there is only noise"
+        elif 1000 % steps == 0 and steps < 1000:  # the released rule, where it is defined
             assert times.flip(0).tolist() == [t + 1 for t in range(0, 1000, 1000 // steps)]
 
 
@@ -75,7 +79,7 @@ def test_impossible_numbers_of_steps(steps):
 
 
 def test_unknown_sampler():
-    with pytest.raises(UserError, match="ddim or ddpm"):
+    with pytest.raises(UserError, match=r"choose one of ddim, ddpm, dpm\+\+"):
         sample_latents(lambda x, t: x, (1, 4, 4, 2, 2), 5, sampler="euler")
 
 
@@ -160,6 +164,42 @@ def test_ddim_with_eta_one_is_ddpm():
     )
 
 
+def test_dpm_solver_step_is_algorithm_2():
+    """In numpy and float64, with α, σ, λ, h and r as the paper has them."""
+    rng = np.random.default_rng(2)
+    x, now, before = rng.normal(size=(3, 2, 4, 4, 3, 3))
+    abar = ABAR[[801, 640, 333]]
+    alpha, sigma = np.sqrt(abar), np.sqrt(1 - abar)
+    lam = np.log(alpha / sigma)
+    h_before, h = np.diff(lam)
+    r = h_before / h
+    D = (1 + 1 / (2 * r)) * now - 1 / (2 * r) * before
+    expected = sigma[2] / sigma[1] * x - alpha[2] * (np.exp(-h) - 1) * D
+    x, now, before = (torch.tensor(v).float() for v in (x, now, before))
+    step = dpm_solver_step(x, now, abar[1], abar[2], (before, abar[0]))
+    assert np.allclose(step, expected, atol=1e-5), "not algorithm 2 of DPM-Solver++"
+
+
+def test_a_first_step_of_the_solver_is_ddim():
+    x, eps = torch.randn(2, 2, 4, 4, 3, 3)
+    for t, t_prev in ((999, 0), (501, 480), (1, 0), (0, 0)):
+        x0 = (x - math.sqrt(1 - ABAR[t]) * eps) / math.sqrt(ABAR[t])
+        step = dpm_solver_step(x, x0, ABAR[t], ABAR[t_prev])
+        torch.testing.assert_close(step, ddim_step(x, eps, ABAR[t], ABAR[t_prev]))
+
+
+def test_a_step_of_the_solver_that_leaves_no_noise_is_the_prediction():
+    """There λ is infinite, and so would the weights of algorithm 2 be."""
+    x, x0, before = torch.randn(3, 2, 4, 4, 3, 3)
+    for earlier in (None, (before, 0.3)):
+        assert torch.equal(dpm_solver_step(x, x0, 0.5, 1.0, earlier), x0)
+
+
+def test_a_step_of_the_solver_to_where_it_is_changes_nothing():
+    x, x0, before = torch.randn(3, 2, 4, 4, 3, 3)
+    assert torch.equal(dpm_solver_step(x, x0, 0.9991, 0.9991, (before, 0.9)), x)
+
+
 # ---- a world in which the perfect network is known -------------------------------------------
 # x_0 ~ N(MEAN, STD^2), so E[noise | x_t] is linear in x_t.
 
@@ -198,6 +238,48 @@ def test_ddim_follows_the_flow_of_a_gaussian():
     ]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.01
+
+
+def test_the_solver_is_of_second_order_and_ddim_of_first():
+    """Twice the steps, evenly in λ: a quarter of the error, and half of DDIM's."""
+    start, end = (0.5 * math.log(a / (1 - a)) for a in (ABAR[999], ABAR[0]))
+    noise = torch.linspace(-2, 2, 9)
+    moments = [moments_of_x0(a) for a in (ABAR[999], ABAR[0])]
+    exact = moments[1][0] + moments[1][1] * (noise - moments[0][0]) / moments[0][1]
+
+    def error(steps, second_order):
+        lambdas = np.linspace(start, end, steps + 1)
+        abars = 1 / (1 + np.exp(-2 * lambdas))
+        x, before = noise, None
+        for abar, abar_prev in zip(abars, abars[1:]):
+            mean, std = moments_of_x0(abar)
+            x0 = MEAN + math.sqrt(abar) * STD**2 / std**2 * (x - mean)  # E[x_0 | x_t]
+            x = dpm_solver_step(x, x0, abar, abar_prev, before)
+            before = (x0, abar) if second_order else None
+        return (x - exact).abs().max().item()
+
+    for second_order, factor in ((True, 4), (False, 2)):
+        falls = error(30, second_order) / error(60, second_order)
+        assert falls == pytest.approx(factor, rel=0.1), f"the error falls by {falls:.2f}"
+
+
+def test_with_more_steps_the_solver_nears_the_flow_faster_than_ddim():
+    """Where a sampler stops, against where the exact flow from its first time step leads."""
+
+    def error(steps, sampler):
+        noise = torch.randn(1, 1, 1, 40, 50, generator=torch.Generator().manual_seed(0))
+        mean_start, std_start = moments_of_x0(ABAR[timesteps(steps, sampler)[0]])
+        mean_end, std_end = moments_of_x0(ABAR[0])
+        exact = mean_end + std_end * (noise - mean_start) / std_start
+        same = torch.Generator().manual_seed(0)
+        drawn = sample_latents(perfect_eps, noise.shape, steps, sampler, generator=same)
+        return (drawn - exact).abs().max().item()
+
+    found = {sampler: [error(n, sampler) for n in (100, 400)] for sampler in ("ddim", "dpm++")}
+    falls = {sampler: few / many for sampler, (few, many) in found.items()}
+    assert falls["ddim"] == pytest.approx(4, rel=0.2), "the error of DDIM is not of first order"
+    assert falls["dpm++"] > 8, f"the error falls by {falls['dpm++']:.1f}, no better than DDIM's"
+    assert found["dpm++"][1] < found["ddim"][1] / 3
 
 
 def test_ddim_in_numpy():
@@ -295,6 +377,7 @@ def test_float32_under_autocast_and_from_bfloat16():
             rescale(noise, noise, 0.5),
             ddim_step(x.bfloat16(), noise, 0.3, 0.4),
             ddpm_step(x.bfloat16(), noise, 0.3, 0.4, noise),
+            dpm_solver_step(x.bfloat16(), noise, 0.3, 0.4, (noise, 0.2)),
             sample_latents(lambda x, t: x.bfloat16(), (1, 4, 4, 3, 3), 2),
         ]
     assert all(result.dtype == torch.float32 for result in results)

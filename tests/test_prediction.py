@@ -93,7 +93,7 @@ class KnowsX0:
         return (abar.sqrt() * eps - (1 - abar).sqrt() * self.x0).to(x_t)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++"])
 def test_a_sampler_arrives_where_v_leads(sampler):
     x0 = torch.randn(1, 2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
     network = KnowsX0(x0)

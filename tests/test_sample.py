@@ -86,6 +86,7 @@ def test_the_same_seed_gives_the_same_bytes(start):
             ["--negative", "red"],
             ["--rescale", "0.7"],
             ["--sampler", "ddpm"],
+            ["--sampler", "dpm++"],
             ["--eta", "0.5"],
             ["--steps", "3"],
         )
