@@ -160,9 +160,8 @@ def timesteps(steps, sampler="ddim"):
 
     t_i = 1 + floor(1000 i / steps), which is the released rule where `steps` divides 1000: 981,
     961, ..., 21, 1 for 50. For 1000 steps the offset 1 is left out, since t would reach 1000.
-    DPM-Solver++ starts at the end, where there is only noise: 999, 949, ..., 99, 49 for 20 (Lin et
-    al. 2023, table 2, "trailing"); the step from 1 to 0 would be lost on it. Raises UserError
-    unless 1 <= steps <= 1000.
+    "dpm++" starts where there is only noise: 999, 949, ..., 99, 49 for 20 (what Lin et al. 2023
+    call trailing). Raises UserError unless 1 <= steps <= 1000.
     """
     if not 1 <= steps <= NUM_TIMESTEPS:
         raise UserError(f"steps is {steps}, but a sampler takes 1 to {NUM_TIMESTEPS} steps")

@@ -18,6 +18,8 @@ import zipfile
 from pathlib import Path
 
 import huggingface_hub
+import huggingface_hub.errors
+import huggingface_hub.file_download
 import pytest
 import torch
 
