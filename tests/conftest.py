@@ -2,6 +2,9 @@
 
     python -m pytest -q tests -m slow
 
+Those marked exercise(N) grade exercise N of `python -m mvd.exercises`: `-m exercise` runs all of
+them, `--exercise N` those of one.
+
 The scripts of the root folder can be imported.
 """
 import os
@@ -34,6 +37,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--exercise", type=int, metavar="N", help="run only the tests that grade exercise N")
+
+
 def pytest_configure(config):
     if sys.warnoptions:  # of PYTHONWARNINGS
         sys.warnoptions.clear()
@@ -41,11 +49,20 @@ def pytest_configure(config):
         warnings.simplefilter("ignore", ResourceWarning)
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
     config.addinivalue_line("markers", "slow: takes long, and runs only with -m slow")
+    config.addinivalue_line("markers", "exercise(N, ...): grades these of mvd.exercises")
     # As if the command line said so.
     config.option.markexpr = config.option.markexpr or "not slow"
 
 
-def pytest_collection_modifyitems(items):
+def grades(item):
+    """The numbers of the exercises that a test grades."""
+    return [number for mark in item.iter_markers("exercise") for number in mark.args]
+
+
+def pytest_collection_modifyitems(config, items):
+    number = config.getoption("exercise")
+    if number is not None:
+        items[:] = [item for item in items if number in grades(item)]
     if torch.cuda.is_available():
         return
     for item in items:

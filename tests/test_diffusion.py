@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from agree import agree
 from mvd.diffusion import (
     alphas_cumprod,
     betas,
@@ -25,6 +26,7 @@ from mvd.diffusion import (
     q_sample,
     rescale,
     sampling_steps,
+    solve_x0,
     squared_errors,
     timesteps,
 )
@@ -44,30 +46,35 @@ ABAR = np.array([np.prod(1 - BETA[: t + 1]) for t in range(1000)])
 
 
 def test_schedule():
-    assert np.allclose(betas(), BETA, rtol=1e-12, atol=0)
-    assert np.allclose(alphas_cumprod(), ABAR, rtol=2e-7, atol=0)
-    assert torch.equal(alphas_cumprod(), REFERENCE["alphas_cumprod"])
-    assert alphas_cumprod().dtype == torch.float32
+    agree(betas(), BETA, "β", "It is sqrt(β) that is linear.", rtol=1e-12, atol=0)
+    agree(alphas_cumprod(), ABAR, "ᾱ", "Is it Π (1 - β)?", rtol=2e-7, atol=0)
+    released = REFERENCE["alphas_cumprod"]
+    agree(alphas_cumprod(), released, "ᾱ, to the bit of the released one", atol=0)
+    assert alphas_cumprod().dtype == torch.float32, "ᾱ is not float32"
 
 
 def test_fifty_steps_are_the_released_ones():
     times = timesteps(50)
-    assert torch.equal(times.flip(0), REFERENCE["ddim50_timesteps"])
-    assert torch.equal(alphas_cumprod()[times].flip(0), REFERENCE["ddim50_alphas"])
+    agree(times.flip(0), REFERENCE["ddim50_timesteps"], "the time steps", "Is 1 added?", atol=0)
+    abar = alphas_cumprod()
+    agree(abar[times].flip(0), REFERENCE["ddim50_alphas"], "ᾱ at the time steps", atol=0)
     landings = torch.cat([times[1:], torch.tensor([0])])  # the last one lands on abar_0
-    assert torch.equal(alphas_cumprod()[landings].flip(0), REFERENCE["ddim50_alphas_prev"])
+    agree(abar[landings].flip(0), REFERENCE["ddim50_alphas_prev"], "ᾱ where steps land", atol=0)
 
 
 def test_every_number_of_steps_is_taken_exactly():
     for steps, sampler in itertools.product(range(1, 1001), ("ddim", "dpm++")):
         times = timesteps(steps, sampler)
-        assert len(times) == steps and times[0] <= 999 and times[-1] >= 0
+        assert len(times) == steps, f"{len(times)} steps in place of {steps}"
+        assert times[0] <= 999 and times[-1] >= 0, f"of {steps} steps one is outside 0..999"
         gaps = times[:-1] - times[1:]
-        assert steps == 1 or (gaps.min() >= 1 and gaps.max() - gaps.min() <= 1)
+        even = steps == 1 or (gaps.min() >= 1 and gaps.max() - gaps.min() <= 1)
+        assert even, f"{steps} steps do not descend evenly"
         if sampler == "dpm++":
             assert times[0] == 999, "the solver does not start where there is only noise"
         elif 1000 % steps == 0 and steps < 1000:  # the released rule, where it is defined
-            assert times.flip(0).tolist() == [t + 1 for t in range(0, 1000, 1000 // steps)]
+            released = range(1, 1001, 1000 // steps)
+            agree(times.flip(0), released, f"the released rule for {steps} steps", atol=0)
 
 
 @pytest.mark.parametrize("steps", [0, -5, 1001])
@@ -83,85 +90,133 @@ def test_unknown_sampler():
         sample_latents(lambda x, t: x, (1, 4, 4, 2, 2), 5, sampler="euler")
 
 
-def test_noising_and_its_inverse():
-    rng = np.random.default_rng(0)
-    x0, noise, t = (
-        rng.normal(size=(3, 4, 2, 5, 5)),
-        rng.normal(size=(3, 4, 2, 5, 5)),
-        np.array([0, 437, 999]),
+def double_case():
+    """x0, noise [3, 4, 2, 5, 5] float64 and t [3]: the first, a middle and the last time step."""
+    x0, noise = np.random.default_rng(0).normal(size=(2, 3, 4, 2, 5, 5))
+    return x0, noise, np.array([0, 437, 999])
+
+
+def single(*arrays):
+    """Arrays as float32 tensors."""
+    return [torch.tensor(array).float() for array in arrays]
+
+
+@pytest.mark.exercise(1)
+def test_noising():
+    x0, noise, t = double_case()
+    abar = ABAR[t].reshape(3, 1, 1, 1, 1)
+    clean, gaussian = single(x0, noise)
+    agree(
+        q_sample(clean, torch.tensor(t), gaussian),
+        np.sqrt(abar) * x0 + np.sqrt(1 - abar) * noise,
+        "x_t (DDPM eq. 4)",
+        "Are the factors sqrt(ᾱ_t) and sqrt(1 - ᾱ_t), of each set's own t?",
     )
-    x_t = q_sample(torch.tensor(x0).float(), torch.tensor(t), torch.tensor(noise).float())
-    for b in range(3):
-        expected = math.sqrt(ABAR[t[b]]) * x0[b] + math.sqrt(1 - ABAR[t[b]]) * noise[b]
-        assert np.allclose(x_t[b], expected, atol=1e-5)
-    back = predict_x0(x_t, torch.tensor(t), torch.tensor(noise).float())
-    assert np.allclose(back, x0, atol=1e-4)
 
 
+@pytest.mark.exercise(2)
+def test_x0_of_a_noise():
+    x_t, noise, t = double_case()
+    abar = ABAR[t].reshape(3, 1, 1, 1, 1)
+    expected = (x_t - np.sqrt(1 - abar) * noise) / np.sqrt(abar)
+    hint = "Is the noise's share, sqrt(1 - ᾱ) ε, taken away, and the rest divided by sqrt(ᾱ)?"
+    words = "x̂_0 (DDPM eq. 4, solved)"
+    close = dict(rtol=1e-4, atol=1e-5)
+    agree(solve_x0(*single(x_t, noise, abar)), expected, words, hint, **close)
+    known = predict_x0(*single(x_t), torch.tensor(t), *single(noise))
+    agree(known, expected, f"{words} in predict_x0", hint, **close)
+    one = solve_x0(*single(x_t, noise), float(ABAR[437]))
+    agree(one[1], expected[1], f"{words} for one ᾱ, a number", hint, **close)
+
+
+@pytest.mark.exercise(5)
 def test_guidance():
     cond, uncond = torch.randn(2, 4, 4, 3, 3), torch.randn(2, 4, 4, 3, 3)
-    assert torch.allclose(guide(cond, uncond, 1.0), cond, atol=1e-6)
-    assert torch.equal(guide(cond, uncond, 0.0), uncond)
-    assert torch.allclose(guide(cond, uncond, 7.5), 7.5 * cond - 6.5 * uncond, atol=1e-5)
+    for scale, expected in (
+        (1.0, cond), (0.0, uncond), (7.5, 7.5 * cond - 6.5 * uncond), (-2.0, 3 * uncond - 2 * cond)
+    ):
+        agree(
+            guide(cond, uncond, scale), expected, f"guidance of scale {scale}",
+            "It goes from the unconditional prediction, scale times the way to the conditional.",
+        )
 
 
+@pytest.mark.exercise(5)
 def test_rescale_matches_the_contrast_of_each_set():
     guided, conditional = 5 * torch.randn(2, 4, 3, 6, 6) + 1, torch.randn(2, 4, 3, 6, 6)
     guided[1] *= 9  # sets are rescaled each on its own...
     guided[:, 2] *= 4  # ...and the views of one set all alike
-    matched = rescale(guided, conditional, 1.0)
-    for b in range(2):
-        ratio = np.std(conditional[b].numpy().astype(np.float64)) / np.std(
-            guided[b].numpy().astype(np.float64)
-        )
-        assert np.allclose(matched[b], guided[b].numpy() * ratio, rtol=1e-5)
-        half = rescale(guided, conditional, 0.5)[b]
-        assert np.allclose(half, guided[b].numpy() * (0.5 * ratio + 0.5), rtol=1e-5)
-    assert torch.equal(rescale(guided, conditional, 0.0), guided)
+    hint = "Is the deviation that of a set, all its views together, and of ε_cond over ε_guided?"
+    for phi in (1.0, 0.5, 0.0):
+        found = rescale(guided, conditional, phi)
+        for b in range(2):
+            inside = guided[b].numpy().astype(np.float64)
+            ratio = np.std(conditional[b].numpy().astype(np.float64)) / np.std(inside)
+            expected = inside * (phi * ratio + 1 - phi)
+            words = f"set {b} rescaled with φ = {phi} (Lin et al. eq. 15 and 16)"
+            agree(found[b], expected, words, hint, rtol=1e-5)
 
 
-def test_ddim_step_is_the_formula():
-    rng = np.random.default_rng(1)
-    x_t, eps, noise = rng.normal(size=(3, 2, 4, 4, 3, 3))
-    a, a_prev, eta = ABAR[601], ABAR[547], 0.6
-    x0 = (x_t - np.sqrt(1 - a) * eps) / np.sqrt(a)
+@pytest.mark.exercise(3)
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
+def test_ddim_step_is_the_formula(eta):
+    """Its three terms one by one, by inputs for which the others are 0, then together."""
+    x_t, eps, noise = np.random.default_rng(1).normal(size=(3, 2, 4, 4, 3, 3))
+    a, a_prev = ABAR[601], ABAR[547]
     sigma = eta * np.sqrt((1 - a_prev) / (1 - a)) * np.sqrt(1 - a / a_prev)
-    expected = np.sqrt(a_prev) * x0 + np.sqrt(1 - a_prev - sigma**2) * eps + sigma * noise
-    step = ddim_step(
-        *(torch.tensor(v).float() for v in (x_t, eps)),
-        a,
-        a_prev,
-        eta,
-        torch.tensor(noise).float()
-    )
-    assert np.allclose(step, expected, atol=1e-5)
+    zero = 0 * x_t
+    # Where x_t = sqrt(1 - ᾱ) ε, x̂_0 is 0.
+    only_noise = np.sqrt(1 - a) * eps
+    direction = np.sqrt(1 - a_prev - sigma**2) * eps
+    of_x0 = np.sqrt(a_prev) * (x_t - np.sqrt(1 - a) * eps) / np.sqrt(a)
+    for words, hint, given, expected in (
+        ("the x̂_0 term of DDIM eq. 12", "Is it sqrt(ᾱ_prev) x̂_0?", (x_t, zero, zero),
+         np.sqrt(a_prev / a) * x_t),
+        ("the direction term of DDIM eq. 12", "Is σ² subtracted: sqrt(1 - ᾱ_prev - σ²) ε?",
+         (only_noise, eps, zero), direction),
+        ("the noise term of DDIM eq. 12", "Is it σ noise, with σ as in eq. 16 and eta in it?",
+         (zero, zero, noise), sigma * noise),
+        ("DDIM eq. 12", "", (x_t, eps, noise), of_x0 + direction + sigma * noise),
+    ):
+        x, e, n = single(*given)
+        agree(ddim_step(x, e, a, a_prev, eta, n), expected, f"{words}, eta {eta}", hint)
 
 
+@pytest.mark.exercise(4)
 def test_ddpm_step_samples_the_posterior():
     """Bayes: q(x_prev | x_t, x_0) is a product of two Gaussians, up to its norm.
 
     N(sqrt(a_prev) x_0, 1 - a_prev) and N(x_t; sqrt(alpha) x_prev, 1 - alpha).
     """
-    x0, x_t, a, a_prev = 0.8, -0.3, ABAR[300], ABAR[280]
+    a, a_prev = ABAR[300], ABAR[280]
     alpha = a / a_prev
     precision = 1 / (1 - a_prev) + alpha / (1 - alpha)
-    mean = (
-        math.sqrt(a_prev) * x0 / (1 - a_prev) + math.sqrt(alpha) * x_t / (1 - alpha)
-    ) / precision
-    eps = torch.tensor([(x_t - math.sqrt(a) * x0) / math.sqrt(1 - a)])
-    step = ddpm_step(torch.tensor([x_t]), eps, a, a_prev, torch.tensor([0.0]))
-    assert step.item() == pytest.approx(mean, abs=1e-5)
-    step = ddpm_step(torch.tensor([x_t]), eps, a, a_prev, torch.tensor([1.0]))
-    assert step.item() == pytest.approx(mean + precision**-0.5, abs=1e-5)
+
+    def step(x0, x_t, noise):
+        eps = (x_t - math.sqrt(a) * x0) / math.sqrt(1 - a)
+        x, e, n = torch.tensor([[x_t], [eps], [noise]])
+        return ddpm_step(x, e, a, a_prev, n).item()
+
+    from_x0 = math.sqrt(a_prev) / (1 - a_prev) / precision
+    from_x_t = math.sqrt(alpha) / (1 - alpha) / precision
+    for words, hint, given, expected in (
+        ("x̂_0's factor in the mean (DDPM eq. 7)", "sqrt(ᾱ_prev) (1 - α) / (1 - ᾱ_t)?",
+         (1.0, 0.0, 0.0), from_x0),
+        ("x_t's factor in the mean (DDPM eq. 7)", "sqrt(α) (1 - ᾱ_prev) / (1 - ᾱ_t)?",
+         (0.0, 1.0, 0.0), from_x_t),
+        ("the deviation of the posterior (DDPM eq. 7)",
+         "Is it the square root of (1 - ᾱ_prev) / (1 - ᾱ_t) · (1 - α)?",
+         (0.0, 0.0, 1.0), precision**-0.5),
+        ("the step", "", (0.8, -0.3, 1.0), 0.8 * from_x0 - 0.3 * from_x_t + precision**-0.5),
+    ):
+        agree(step(*given), expected, words, f"α is ᾱ_t / ᾱ_prev. {hint}")
 
 
+@pytest.mark.exercise(4)
 def test_ddim_with_eta_one_is_ddpm():
     x_t, eps, noise = torch.randn(3, 2, 4, 4, 3, 3)
-    assert torch.allclose(
-        ddim_step(x_t, eps, 0.3, 0.4, 1.0, noise),
-        ddpm_step(x_t, eps, 0.3, 0.4, noise),
-        atol=1e-5,
-    )
+    ddim = ddim_step(x_t, eps, 0.3, 0.4, 1.0, noise)
+    agree(ddpm_step(x_t, eps, 0.3, 0.4, noise), ddim, "DDPM's step, and DDIM's with eta 1")
 
 
 def test_dpm_solver_step_is_algorithm_2():
@@ -236,8 +291,8 @@ def test_ddim_follows_the_flow_of_a_gaussian():
     errors = [
         (end(steps) - exact(steps)).abs().max().item() for steps in (10, 47, 250, 999)
     ]
-    assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < 0.01
+    assert errors == sorted(errors, reverse=True), f"more steps are not nearer: {errors}"
+    assert errors[-1] < 0.01, f"999 steps end {errors[-1]:.3g} from the exact flow"
 
 
 def test_the_solver_is_of_second_order_and_ddim_of_first():
@@ -296,7 +351,7 @@ def test_ddim_in_numpy():
     ours = sample_latents(
         perfect_eps, (1, 1, 1, 4, 4), 50, generator=torch.Generator().manual_seed(3)
     )
-    assert np.allclose(ours, x, atol=1e-4)
+    agree(ours, x, "fifty DDIM steps", "Does the last step land on ᾱ_0?", atol=1e-4)
 
 
 def exact_moments(steps, eta):
@@ -330,12 +385,12 @@ def test_random_samplers_draw_from_the_right_distribution(sampler, eta, steps):
         generator=torch.Generator().manual_seed(1),
     )
     mean, std = exact_moments(steps, eta)
-    assert x.mean().item() == pytest.approx(
-        mean, abs=0.004
-    )  # 3 standard errors of 115,200 draws
-    assert x.std().item() == pytest.approx(std, rel=0.007)
+    # 3 standard errors of 115,200 draws.
+    agree(x.mean(), mean, "the mean of the samples", atol=0.004)
+    hint = "Is the noise of a step new, and as large as σ?"
+    agree(x.std(), std, "the deviation of the samples", hint, rtol=0.007, atol=0)
     if steps == 300:  # and that distribution is nearly x_0's own
-        assert (mean, std) == pytest.approx(moments_of_x0(ABAR[0]), rel=0.04)
+        agree((mean, std), moments_of_x0(ABAR[0]), "x_0's own moments", rtol=0.04, atol=0)
 
 
 def test_ddpm_with_all_steps():
@@ -348,10 +403,10 @@ def test_ddpm_with_all_steps():
     x = sample_latents(
         eps_fn, (2, 4, 4, 20, 20), 1000, "ddpm", generator=torch.Generator().manual_seed(1)
     )
-    assert seen == [[t, t] for t in range(999, -1, -1)]
+    assert seen == [[t, t] for t in range(999, -1, -1)], "not each t once, from 999 down to 0"
     mean, std = moments_of_x0(ABAR[0])
-    assert x.mean().item() == pytest.approx(mean, abs=0.02)
-    assert x.std().item() == pytest.approx(std, rel=0.03)
+    agree(x.mean(), mean, "the mean of the samples", atol=0.02)
+    agree(x.std(), std, "the deviation of the samples", rtol=0.03, atol=0)
 
 
 def test_one_seed_one_result():
@@ -364,23 +419,34 @@ def test_one_seed_one_result():
             generator=torch.Generator().manual_seed(seed),
         )
 
-    assert torch.equal(draw(5), draw(5)) and not torch.equal(draw(5), draw(6))
+    agree(draw(5), draw(5), "a second sample of the same seed", atol=0)
+    assert not torch.equal(draw(5), draw(6)), "another seed gives the same sample"
 
 
-def test_float32_under_autocast_and_from_bfloat16():
+def float32_cases():
+    """(function, arguments) of bfloat16 and float32 latents."""
+    x, noise = torch.randn(1, 4, 4, 3, 3).bfloat16(), torch.randn(1, 4, 4, 3, 3).bfloat16()
+    t = torch.tensor([500])
+    of = pytest.param
+    return [
+        of(q_sample, (x, t, noise), id="q_sample", marks=pytest.mark.exercise(1)),
+        of(solve_x0, (x, noise, 0.3), id="solve_x0", marks=pytest.mark.exercise(2)),
+        of(predict_x0, (x, t, noise), id="predict_x0"),
+        of(ddim_step, (x, noise, 0.3, 0.4), id="ddim_step", marks=pytest.mark.exercise(3)),
+        of(ddpm_step, (x, noise, 0.3, 0.4, noise), id="ddpm_step", marks=pytest.mark.exercise(4)),
+        of(dpm_solver_step, (x, noise, 0.3, 0.4, (noise, 0.2)), id="dpm_solver_step"),
+        of(rescale, (noise, noise, 0.5), id="rescale", marks=pytest.mark.exercise(5)),
+        of(sample_latents, (lambda x, t: x.bfloat16(), (1, 4, 4, 3, 3), 2), id="sampler"),
+    ]
+
+
+@pytest.mark.parametrize("function, arguments", float32_cases())
+def test_float32_under_autocast_and_from_bfloat16(function, arguments):
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        x, t = torch.randn(1, 4, 4, 3, 3), torch.tensor([500])
-        noise = torch.randn(1, 4, 4, 3, 3, dtype=torch.bfloat16)
-        results = [
-            q_sample(x.bfloat16(), t, noise),
-            predict_x0(x.bfloat16(), t, noise),
-            rescale(noise, noise, 0.5),
-            ddim_step(x.bfloat16(), noise, 0.3, 0.4),
-            ddpm_step(x.bfloat16(), noise, 0.3, 0.4, noise),
-            dpm_solver_step(x.bfloat16(), noise, 0.3, 0.4, (noise, 0.2)),
-            sample_latents(lambda x, t: x.bfloat16(), (1, 4, 4, 3, 3), 2),
-        ]
-    assert all(result.dtype == torch.float32 for result in results)
+        result = function(*arguments)
+    assert result.dtype == torch.float32, (
+        f"{function.__name__} of bfloat16 latents is {result.dtype}, not float32: bfloat16 keeps "
+        "8 bits, and 1 - ᾱ_0 is 0.00085. Is .float() missing?")
 
 
 def test_schedule_is_a_constant_to_the_compiler():
@@ -394,7 +460,7 @@ def test_schedule_is_a_constant_to_the_compiler():
     compiled = torch.compile(predict_x0, backend=keep, fullgraph=True)
     x, eps = torch.randn(2, 2, 4, 4, 3, 3)
     for t in (torch.tensor([1, 981]), torch.tensor([0, 999])):
-        assert torch.equal(compiled(x, t, eps), predict_x0(x, t, eps))
+        agree(compiled(x, t, eps), predict_x0(x, t, eps), "x̂_0 as a compiler has it", atol=0)
     made = graphs[0] & {"cumprod", "linspace", "to", "copy_"}
     assert len(graphs) == 1 and not made, "a compiled step makes the schedule anew"
     assert alphas_cumprod() is alphas_cumprod(torch.device("cpu"))
@@ -415,10 +481,11 @@ def test_the_steps_of_a_sampler_show_what_it_believes():
         eps = perfect_eps(x, torch.tensor([t]))
         expected_x0 = (x - math.sqrt(1 - ABAR[t]) * eps) / math.sqrt(ABAR[t])
         x = math.sqrt(ABAR[t_prev]) * expected_x0 + math.sqrt(1 - ABAR[t_prev]) * eps
-        torch.testing.assert_close(x0.double(), expected_x0, rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(x_next.double(), x, rtol=1e-3, atol=1e-3)
+        agree(x0, expected_x0, f"the x̂_0 that step {t} yields", rtol=1e-3, atol=1e-3)
+        agree(x_next, x, f"the x that step {t} yields", rtol=1e-3, atol=1e-3)
     noise = torch.Generator().manual_seed(2)
-    assert torch.equal(sample_latents(perfect_eps, shape, 5, generator=noise), states()[-1][0])
+    sample = sample_latents(perfect_eps, shape, 5, generator=noise)
+    agree(states()[-1][0], sample, "the last x that is yielded", atol=0)
 
 
 def test_the_network_is_asked_in_one_place():
@@ -434,11 +501,14 @@ def test_the_network_is_asked_in_one_place():
     loss = denoising_loss(unet, x0, context, camera)
     torch.manual_seed(3)
     t, noise = torch.randint(1000, (2,)), torch.randn_like(x0)
-    torch.testing.assert_close(loss, (noise**2).mean())
+    hint = "Is it a mean? Are the time steps drawn before the noise?"
+    agree(loss, (noise**2).mean(), "the loss of a network that says 0", hint)
     ((x_t, t_asked, context_asked, camera_asked),) = asked
-    torch.testing.assert_close(x_t, q_sample(x0, t, noise))
-    assert torch.equal(t_asked, t) and context_asked is context and camera_asked is camera
-    assert predict_noise(unet, x_t, t, context).dtype == torch.float32
+    agree(x_t, q_sample(x0, t, noise), "the x_t that the network is shown")
+    agree(t_asked, t, "the t that the network is told", atol=0)
+    assert context_asked is context and camera_asked is camera, "text and camera go as they are"
+    dtype = predict_noise(unet, x_t, t, context).dtype
+    assert dtype == torch.float32, f"the predicted noise is {dtype}, not float32"
 
 
 def test_squared_errors_are_the_formula_number_by_number():
@@ -460,8 +530,8 @@ def test_squared_errors_are_the_formula_number_by_number():
     x_t = np.sqrt(abar) * x0 + np.sqrt(1 - abar) * noise
     shift = context.sum((1, 2)) / 10 + camera.sum((1, 2)) / 10 + t / 1000
     expected = (0.3 * x_t + shift.reshape(3, 1, 1, 1, 1) - noise) ** 2
-    assert found.shape == x0.shape and found.dtype == torch.float32
-    assert np.allclose(found, expected, atol=1e-4)
+    assert found.dtype == torch.float32, f"the errors are {found.dtype}, not float32"
+    agree(found, expected, "(ε - ε_θ)²", "Number by number, not yet the mean.", atol=1e-4)
     short = squared_errors(lambda *given: unet(*given).bfloat16(), *arguments)
     assert short.dtype == torch.float32, "the errors are not float32 if the network is not"
 

@@ -14,6 +14,7 @@ from torch.func import functional_call
 import distill
 import dreambooth
 import sample
+from agree import agree
 from mvd import MVDream, diffusion
 from mvd.presets import PRESETS
 from mvd.tools import run
@@ -102,12 +103,13 @@ def test_a_start_that_fails_is_not_in_the_way_of_the_next(start, tmp_path, monke
         patch.setattr(dreambooth, "on_greys", fails)
         with pytest.raises(torch.cuda.OutOfMemoryError):
             start("run")
-    assert not run.holds_run(tmp_path / "run")
+    assert not run.holds_run(tmp_path / "run"), "a start that failed is taken for a run"
     start("run", "--batch", "1")
 
 
 # ---- the losses ------------------------------------------------------------------------------
 
+@pytest.mark.exercise(15)
 @pytest.mark.parametrize("block", [1, 32])
 def test_gradient_of_the_preservation_loss(block, monkeypatch):
     """Against autograd of λ‖θ - θ0‖₁/N, and by hand: ±λ/N, and 0 where a weight has not moved.
@@ -123,30 +125,38 @@ def test_gradient_of_the_preservation_loss(block, monkeypatch):
     for w, g in zip(weights, gradients):
         w.grad = g.clone()
         w.requires_grad_()
-    l1, l2, own, pull = dreambooth.preserve(weights, start, 300.0)
-    assert not l1.requires_grad and not weights[0].grad.requires_grad, "a graph is kept"
+    before = [w.detach().clone() for w in weights]
+    measured = dreambooth.preserve(weights, start, 300.0)
+    graph = measured.requires_grad or weights[0].grad.requires_grad
+    assert not graph, "a graph is kept: is torch.no_grad() missing?"
 
     leaves = [w.detach().double().requires_grad_() for w in weights[:2]]
     distance = sum((w - w0).abs().sum() for w, w0 in zip(leaves, start))
     loss = 300.0 / 19 * distance
     loss.backward()
-    for w, g, leaf in zip(weights, gradients, leaves):
-        torch.testing.assert_close(w.grad - g, leaf.grad.float(), rtol=0, atol=1e-5)
-    added = (weights[0].grad - gradients[0]).abs()
-    by_hand = torch.full_like(added, 300.0 / 19)
-    torch.testing.assert_close(added, by_hand, rtol=1e-5, atol=0)
-    assert weights[1].grad[2] == gradients[1][2], "a weight is pulled that has not moved"
     assert weights[2].grad is None, "a weight is pulled that nothing else touches"
+    hint = "It is λ sign(θ - θ0) / N, added to the gradient; N counts all weights, moved or not."
+    for w, g, leaf in zip(weights, gradients, leaves):
+        agree(w.grad - g, leaf.grad, "what is added to a gradient (MVDream §3.3)", hint)
+    added = (weights[0].grad - gradients[0]).abs()
+    agree(added, 300.0 / 19, "the size of the pull on a weight, λ/N", hint, rtol=1e-5)
+    unmoved = weights[1].grad[2] - gradients[1][2]
+    agree(unmoved, 0, "the pull on a weight that has not moved", "sign(0) is 0.", atol=0)
+    for w, w0 in zip(weights, before):
+        agree(w, w0, "a weight afterwards, which only the optimizer may change", atol=0)
 
     def norm(tensors):
         return torch.cat([tensor.flatten() for tensor in tensors]).norm().item()
 
-    assert l1.item() * 300 == pytest.approx(loss.item(), rel=1e-5)
+    agree(len(measured), 4, "how many numbers are returned", atol=0)
+    l1, l2, own, pull = measured
+    agree(l1 * 300, loss, "‖θ - θ0‖₁ / N, times λ", rtol=1e-5)
     changes = [w - w0 for w, w0 in zip(weights[:2], start)]
-    assert l2.item() == pytest.approx(norm(changes), rel=1e-5)
-    assert own.item() == pytest.approx(norm(gradients), rel=1e-5)
+    agree(l2, norm(changes), "‖θ - θ0‖₂", rtol=1e-5)
+    hint = "Is it taken before this loss's gradient is added?"
+    agree(own, norm(gradients), "the norm of the other losses' gradient", hint, rtol=1e-5)
     # 16 of 17 have moved.
-    assert pull.item() == pytest.approx(300 / 19 * 16**0.5, rel=1e-5)
+    agree(pull, 300 / 19 * 16**0.5, "the norm of this loss's gradient", rtol=1e-5)
 
 
 class ByHand:
@@ -250,7 +260,7 @@ def test_a_step_is_adamw_on_every_loss(model, tmp_path, of_class, identifier_lr,
     assert share > 0.9999, f"{1 - share:.2%} of the UNet's weights differ"
     table, row = by_hand.table, by_hand.row
     learned = model.text.token_embedding.weight
-    torch.testing.assert_close(learned[row], by_hand.word.detach(), rtol=0, atol=1e-5)
+    agree(learned[row], by_hand.word, "the row of [v] after two steps")
     changed = (learned != table).any(1)
     assert changed.sum() == (identifier_lr > 0), "the row of [v] should have changed, or stayed"
     others = torch.arange(len(table)) != row
@@ -274,11 +284,10 @@ def test_it_learns_the_photos_and_a_strong_preservation_holds_it_back(folder, tm
     first, last = first_and_last_row(0.0, "free")
     _, held = first_and_last_row(1e8, "held")
     assert last["loss"] < 0.95 * first["loss"], "it has not learned the photos"
-    assert last["preservation"] == 0
-    assert last["share"] == 0
+    agree((last["preservation"], last["share"]), 0, "what is logged of a loss that is off", atol=0)
     assert held["distance"] < 0.5 * last["distance"], "it is not held back"
-    assert held["share"] > 0.9
-    assert held["loss"] > last["loss"]
+    assert held["share"] > 0.9, "a strong preservation is not most of the gradient"
+    assert held["loss"] > last["loss"], "held back, it learns the photos as well"
 
 
 def test_the_rates_fall_along_the_cosine(folder, tmp_path):
@@ -296,8 +305,10 @@ def test_the_rates_fall_along_the_cosine(folder, tmp_path):
 
     rates = sum(learning_rate(step, 4, 1e-3) for step in range(4))
     for constant, falling, factor in zip(moves(False), moves(True), (1, 10)):
-        assert constant > 3e-3 * factor
-        assert 0.5 * rates * factor < falling <= 1.05 * rates * factor < 2.7e-3 * factor
+        assert constant > 3e-3 * factor, "a constant rate moves the weights less than it says"
+        most = 1.05 * rates * factor
+        assert 0.5 * rates * factor < falling <= most < 2.7e-3 * factor, (
+            f"a falling rate moves the weights by {falling:.3g}; its sum is {rates * factor:.3g}")
 
 
 def test_the_text_loss_grows_in_a_straight_line_from_zero(model, tmp_path, monkeypatch):
@@ -308,14 +319,14 @@ def test_the_text_loss_grows_in_a_straight_line_from_zero(model, tmp_path, monke
     model.text.token_embedding.weight[row].neg_()
     apart = model.text(subject.tokens) - subject.contexts
     whole = 0.5 * apart[subject.tokens != row].square().sum().item() / apart.numel()
-    assert whole > 0.01
+    assert whole > 0.01, "the case has no text loss"
     logged = []
     monkeypatch.setattr(dreambooth, "LOG_EVERY", 1)
     monkeypatch.setattr(run, "log", lambda path, **numbers: logged.append(numbers["text_loss"]))
     s = settings(steps=5, lr=0.0, identifier_lr=1e-12, text_preservation=0.5)
     dreambooth.finetune(model, subject, s, tmp_path)
     expected = [step / 5 * whole for step in range(5)]
-    assert logged == pytest.approx(expected, rel=1e-3), "not 0, 1/5, 2/5, ... of the text loss"
+    agree(logged, expected, "0, 1/5, 2/5, ... of the text loss", rtol=1e-3, atol=1e-9)
 
 
 @pytest.mark.parametrize("killed_at, flags", [(1, []), (3, []), (4, LEARNED)])
@@ -330,7 +341,7 @@ def test_a_killed_run_resumes_bit_for_bit(start, monkeypatch, killed_at, flags, 
         assert "refresh" in page, "the page does not wait for more"
     assert start("killed", "--resume", *flags) == whole, "the resumed run made something else"
     logs = [(tmp_path / out / "log.jsonl").read_bytes() for out in ("whole", "killed")]
-    assert logs[0] == logs[1]
+    assert logs[0] == logs[1], "the resumed run logged something else"
 
 
 def test_a_loss_that_is_not_a_number_ends_the_run_and_spares_the_checkpoint(
@@ -347,14 +358,15 @@ def test_a_loss_that_is_not_a_number_ends_the_run_and_spares_the_checkpoint(
     with pytest.raises(UserError, match="loss is nan; the last good state is in .*checkpoint.pt"):
         start("run")
     folder = tmp_path / "run"
-    assert run.load_checkpoint(folder / run.CHECKPOINT)["step"] == 2
+    assert run.load_checkpoint(folder / run.CHECKPOINT)["step"] == 2, (
+        "the checkpoint is not the last good one")
     assert not (folder / "model.safetensors").exists(), "a model of NaN was written"
 
 
 def test_a_run_shorter_than_sample_every_draws_nothing(start, tmp_path):
     """A longer one draws at its end, too."""
     start("short", "--steps", "2")
-    assert not list((tmp_path / "short" / "progress").iterdir())
+    assert not list((tmp_path / "short" / "progress").iterdir()), "a short run draws samples"
     start("longer", "--steps", "4")
     pictures = sorted(path.name for path in (tmp_path / "longer" / "progress").iterdir())
     assert pictures == ["samples_000003.png", "samples_000004.png"]
@@ -386,11 +398,11 @@ def test_wordings_are_what_later_prompts_will_say(start, monkeypatch, prompt, fi
     start("run", "--wordings", "--steps", "1", prompt=prompt)
     model, subject = given.model, given.subject
     expected = [first, "phol bulldog", "phol bulldog , 3d asset"]
-    assert torch.equal(subject.tokens, model.text.tokenize(expected))
-    assert torch.equal(subject.contexts, model.embed(expected))
+    agree(subject.tokens, model.text.tokenize(expected), "the tokens of the wordings", atol=0)
+    agree(subject.contexts, model.embed(expected), "the contexts of the wordings", atol=0)
     plain = [name.replace("phol ", "") for name in expected]
     without_v = model.embed([*plain, ""])
-    torch.testing.assert_close(subject.plain, without_v, rtol=0, atol=1e-6)
+    agree(subject.plain, without_v, "the contexts without [v]", atol=1e-6)
 
 
 def test_the_result_knows_its_subject(start, folder, tmp_path):
@@ -403,20 +415,22 @@ def test_the_result_knows_its_subject(start, folder, tmp_path):
         "index.html", "progress/samples_000003.png", "progress/samples_000006.png",
     }
     page = (dog / "index.html").read_text()
-    assert "6 of 6 steps" in page
+    assert "6 of 6 steps" in page, "the page is not of the end"
     assert page.count("<img") == 2, "the page wants the photos and the newest samples"
     assert page.count("<polyline") == len(dreambooth.CURVES), "the page wants its curves"
     assert "refresh" not in page, "the page waits for more, though the run has ended"
 
     before, after = MVDream.load(folder / "small.safetensors"), MVDream.load(dog)
-    assert after.config.text.identifier == "ucd"
+    assert after.config.text.identifier == "ucd", "the model does not know its identifier"
     with_v = after.text.tokenize(["a [v] bulldog, [V]"])
-    assert torch.equal(with_v, after.text.tokenize(["a ucd bulldog, ucd"]))
-    assert moved(before.vae, after.vae) == []
-    assert moved(before.text, after.text) == []
+    expected = after.text.tokenize(["a ucd bulldog, ucd"])
+    agree(with_v, expected, "the tokens of [v], and of the identifier", atol=0)
+    assert moved(before.vae, after.vae) == [], "the autoencoder has changed"
+    assert moved(before.text, after.text) == [], "the text tower has changed"
     learned = moved(before.unet, after.unet)
-    assert learned
-    assert not [name for name in learned if name.startswith("camera")]
+    assert learned, "the UNet has learned nothing"
+    assert not [name for name in learned if name.startswith("camera")], (
+        "the camera has changed, though no camera was shown")
 
 
 def test_every_script_takes_the_result_and_v(start, tmp_path, monkeypatch):
@@ -465,8 +479,8 @@ def test_settings_come_from_the_preset_and_flags_count_more(start, tmp_path, mon
     assert a["preservation"] == 1.0
     assert a["identifier"] == "phol"
     plain, flipped = shown
-    assert len(plain) == 3
-    assert torch.equal(flipped, torch.cat([plain, plain.flip(-1)]))
+    assert len(plain) == 3, "there are not three photos"
+    agree(flipped, torch.cat([plain, plain.flip(-1)]), "photos, then photos mirrored", atol=0)
 
 
 # ---- bad input -------------------------------------------------------------------------------
@@ -493,8 +507,8 @@ def test_bad_input_is_one_line(start, changes, flags, words, tmp_path, capsys):
     assert status(lambda: start("out", *flags, **changes)) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1, f"not one line: {lines}"
-    assert lines[0].startswith("error:")
-    assert words in lines[0]
+    assert lines[0].startswith("error:"), f"not an error: {lines[0]}"
+    assert words in lines[0], f"it does not say {words!r}: {lines[0]}"
     assert not (tmp_path / "out").exists(), "something was written before the mistake was found"
 
 

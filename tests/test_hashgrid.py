@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from agree import agree
 from mvd import hashgrid
 from mvd.hashgrid import HashGrid, HashGridConfig, Lookup, encode_plainly, levels_of
 
@@ -36,17 +37,21 @@ def test_levels_are_laid_out_as_published(config):
     hashed_start = 0
     dense_start = entries * is_dense.count(False)
     for level, c, v, dense in zip(levels_of(config), cells, vertices, is_dense):
-        assert level.width == pytest.approx(c)
-        assert level.vertices == v
-        assert level.dense == dense
+        words = f"of the level that is {c:.4g} cells wide"
+        agree(level.width, c, f"the width {words}", "Do the widths grow geometrically?")
+        agree(level.vertices, v, f"the vertices per axis {words}", atol=0)
+        agree(level.dense, dense, f"whether its vertices fit, {words}", atol=0)
+        size = v ** 3 if dense else entries
+        start = dense_start if dense else hashed_start
+        agree(level.size, size, f"the entries {words}", atol=0)
+        agree(level.start, start, f"the first entry {words}", atol=0)
         if dense:
-            assert level.start == dense_start and level.size == v ** 3
-            dense_start += v ** 3
+            dense_start += size
         else:
-            assert level.start == hashed_start and level.size == entries
-            hashed_start += entries
+            hashed_start += size
 
 
+@pytest.mark.exercise(9)
 def test_a_dense_level_by_hand():
     """One level, 4 - 1 cells: x = 0.5, 0.4, 0.1 lies at 2.0, 1.7, 0.8 of its vertices."""
     config = HashGridConfig(levels=1, log2_entries=9, coarsest=4, finest=4)
@@ -56,9 +61,13 @@ def test_a_dense_level_by_hand():
     line = entry[:, :, 2]
     low, high = (0.3 * line[z, 1] + 0.7 * line[z, 2] for z in (0, 1))
     expected = 0.2 * low + 0.8 * high
-    assert torch.allclose(encode_plainly(table, x, config)[0], expected, atol=1e-12)
+    found = encode_plainly(table, x, config)
+    assert found.shape == (1, 2), f"the features are {list(found.shape)}, not [N, levels · 2]"
+    hint = "Is half a cell added to x · width? Is the entry x + v y + v² z, v vertices per axis?"
+    agree(found[0], expected, "the features at (2.0, 1.7, 0.8) of a dense level", hint, atol=1e-12)
 
 
+@pytest.mark.exercise(9)
 def test_a_hashed_vertex_by_hand():
     """On a vertex the features are its entry: at the xor of coordinate times prime, modulo 2^k."""
     config = HashGridConfig(levels=1, log2_entries=9, coarsest=40, finest=40)
@@ -67,18 +76,21 @@ def test_a_hashed_vertex_by_hand():
     x = torch.tensor([[(v - 0.5) / 39 for v in vertex]], dtype=torch.float64)
     entry = (7 ^ (31 * 2654435761) ^ (22 * 805459861)) % 512
     found = encode_plainly(table, x, config)[0]
-    assert torch.allclose(found, table[entry], atol=1e-9)
+    hint = "Is the entry (x · prime ^ y · prime ^ z · prime) modulo the level's size (eq. 4)?"
+    agree(found, table[entry], "the features on a vertex of a hashed level", hint, atol=1e-9)
 
 
 def test_no_corner_lies_outside_a_dense_level():
     walls = torch.tensor([[0.0, 0, 0], [1, 1, 1], [1, 0, 0.5]], dtype=torch.float64)
     for level in levels_of(CONFIG):
         cell = (walls * level.width + 0.5).floor()
-        assert cell.min() >= 0 and cell.max() + 1 < level.vertices
+        inside = cell.min() >= 0 and cell.max() + 1 < level.vertices
+        assert inside, f"a corner lies outside the level of {level.vertices} vertices per axis"
 
 
 # ---- the fast form ---------------------------------------------------------------------------
 
+@pytest.mark.exercise(9)
 def test_interpolation_is_the_plain_loop():
     grid = grid_in_double()
     assert 0 < int(grid.dense.sum()) < CONFIG.levels, "both kinds of level are to be in play"
@@ -86,9 +98,10 @@ def test_interpolation_is_the_plain_loop():
     x = torch.cat([points(40), walls])
     expected = encode_plainly(grid.table.detach(), x, CONFIG)
     # The grid's `cells` were rounded to single precision.
-    assert (grid(x) - expected).abs().max() < 1e-5
+    hint = "Both interpolate trilinearly (Instant NGP §3); the tests by hand say which errs."
+    agree(grid(x), expected, "HashGrid and encode_plainly", hint)
     single = grid.float()(x.float())
-    assert (single - expected).abs().max() < 1e-4
+    agree(single, expected, "HashGrid in float32, and encode_plainly in float64", atol=1e-4)
 
 
 def test_full_size_fits_into_32_bits():
@@ -96,17 +109,19 @@ def test_full_size_fits_into_32_bits():
     config = HashGridConfig(levels=2, log2_entries=9, coarsest=4000, finest=4096)
     grid = grid_in_double(config)
     x = points(20)
-    assert grid.cells.flatten().tolist() == pytest.approx([4000 - 1.0, 4096 - 1.0])
     expected = encode_plainly(grid.table.detach(), x, config)
-    assert (grid(x) - expected).abs().max() < 1e-5
+    hint = "Does the product of coordinate and prime overflow?"
+    agree(grid(x), expected, "HashGrid and encode_plainly at 4,096 cells", hint)
 
 
 def test_published_size():
     grid = HashGrid(HashGridConfig())
-    assert grid.output_size == 32
-    assert grid.dense.sum() == 5, "16 .. 70.6 are dense, 102 and finer hashed"
-    assert grid.table.abs().max() <= 1e-4
-    assert float(grid.table.detach().std()) == pytest.approx(1e-4 / math.sqrt(3), rel=0.01)
+    agree(grid.output_size, 32, "the number of features", atol=0)
+    hint = "16 .. 70.6 are dense, 102 and finer hashed."
+    agree(grid.dense.sum(), 5, "the number of dense levels", hint, atol=0)
+    assert grid.table.abs().max() <= 1e-4, "the table does not start within ±1e-4"
+    uniform = 1e-4 / math.sqrt(3)
+    agree(grid.table.std(), uniform, "the deviation of U(-1e-4, 1e-4)", rtol=0.01, atol=0)
 
 
 def inside_cells(grid, count):
@@ -120,7 +135,7 @@ def inside_cells(grid, count):
 def test_derivatives_are_finite_differences():
     grid = grid_in_double()
     x = inside_cells(grid, 6).requires_grad_()
-    assert len(x) == 6
+    assert len(x) == 6, "too few points are inside of cells"
     table = grid.table.detach().clone().requires_grad_()
 
     def call(x, table):
@@ -144,16 +159,16 @@ def test_slope_is_that_of_the_plain_loop_and_finite_differences():
     grid = grid_in_double()
     x = inside_cells(grid, 12)
     features, slope = grid.with_slope(x)
-    assert torch.equal(features, grid(x))
-    assert slope.shape == (12, 3, 10)
+    agree(features, grid(x), "the features of with_slope, and of forward", atol=0)
     differences = []
     for step in 1e-7 * torch.eye(3, dtype=torch.float64):
         differences.append((grid(x + step) - grid(x - step)) / 2e-7)
-    assert torch.allclose(slope, torch.stack(differences, 1), atol=1e-5)
+    words = "d features / dx [N, 3, F]"
+    agree(slope, torch.stack(differences, 1), f"{words}, and finite differences")
 
     expected = plain_slope(grid.table, x)
     # The grid's `cells` were rounded to single precision.
-    assert (slope - expected).abs().max() < 1e-3
+    agree(slope, expected, f"{words}, and autograd of the plain loop", atol=1e-3)
 
     # The derivatives by the table of a sum over features and slope.
     table = grid.table
@@ -164,8 +179,8 @@ def test_slope_is_that_of_the_plain_loop_and_finite_differences():
     plain = (plain_features * up).sum() + (expected * up_slope).sum()
     ours, = torch.autograd.grad(ours, table)
     plain, = torch.autograd.grad(plain, table)
-    assert plain.abs().max() > 10
-    assert (ours - plain).abs().max() < 1e-3
+    assert plain.abs().max() > 10, "the case is too small"
+    agree(ours, plain, "the gradient of the table", "Is it summed over all points?", atol=1e-3)
 
 
 def test_pairs_need_not_be_complex(monkeypatch):
@@ -180,21 +195,22 @@ def test_pairs_need_not_be_complex(monkeypatch):
         gradient, = torch.autograd.grad(loss, grid.table)
         results.append((features, slope, gradient))
     for name, a, b in zip(("features", "slope", "gradient"), *results):
-        assert torch.allclose(a, b, atol=1e-9), name
+        agree(b, a, f"{name} with pairs of floats, and with complex numbers", atol=1e-9)
 
 
 def test_lookup_and_its_derivative_against_a_loop():
     table = torch.randn(7, 2, requires_grad=True)
     index = torch.tensor([[3, 3, 0], [6, 3, 1]], dtype=torch.int32)
     found = Lookup.apply(table, index)
-    assert torch.equal(found, table[index.long()])
+    agree(found, table[index.long()], "Lookup and table[index]", atol=0)
     values = torch.randn(2, 3, 2)
     expected = torch.zeros(7, 2)
     for i in range(2):
         for j in range(3):
             expected[index[i, j]] += values[i, j]
     gradient, = torch.autograd.grad(found, table, values)
-    assert torch.allclose(gradient, expected, atol=1e-6)
+    hint = "What arrives at an entry from several places is added up."
+    agree(gradient, expected, "the gradient of the table", hint, atol=1e-6)
 
 
 def test_gradients_repeat_bit_for_bit():
@@ -208,7 +224,9 @@ def test_gradients_repeat_bit_for_bit():
             grid.table.grad = None
             (grid(x) ** 2 * 1e6).sum().backward()
             seen.append(grid.table.grad.clone())
-        assert all(torch.equal(seen[0], other) for other in seen)
+        for other in seen[1:]:
+            hint = "Are sums taken in an order that threads change?"
+            agree(other, seen[0], "the same gradient once more, to the bit", hint, atol=0)
     finally:
         torch.set_num_threads(before)
 
@@ -226,5 +244,6 @@ def test_gpu_agrees_with_cpu():
         by_slope, = torch.autograd.grad((slope ** 2).sum(), grid.table)
         results.append([v.detach().cpu() for v in (y, features, slope, by_y, by_slope)])
     tolerances = (1e-8, 1e-8, 1e-6, 1e-7, 1e-4)
-    for on_cpu, on_gpu, tolerance in zip(*results, tolerances):
-        assert torch.allclose(on_cpu, on_gpu, atol=tolerance, rtol=1e-3)
+    names = "features", "features of with_slope", "slope", "gradient", "gradient by the slope"
+    for name, on_cpu, on_gpu, tolerance in zip(names, *results, tolerances):
+        agree(on_gpu, on_cpu, f"{name} on a GPU, and on a CPU", atol=tolerance, rtol=1e-3)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from agree import agree
 from mvd import mesh
 from mvd.tools.errors import UserError
 
@@ -51,10 +52,11 @@ def assert_closed(vertices, faces):
             seen[edge] = seen.get(edge, 0) + 1
     for (a, b), count in seen.items():
         assert count == 1, f"{count} faces run from {a} to {b}"
-        assert seen.get((b, a)) == 1, f"no face runs back from {b} to {a}: a hole"
+        assert seen.get((b, a)) == 1, f"no face runs back from {b} to {a}: there is a hole"
     used = set(faces.ravel().tolist())
     assert used == set(range(len(vertices))), "a vertex belongs to no face"
-    assert len(np.unique(vertices, axis=0)) == len(vertices), "two vertices are equal"
+    assert len(np.unique(vertices, axis=0)) == len(vertices), (
+        "two vertices are at the same place: a crossing is kept 1/1000 off the ends of its edge")
 
 
 def euler(vertices, faces):
@@ -63,6 +65,12 @@ def euler(vertices, faces):
     for face in faces.tolist():
         edges.update(frozenset(edge) for edge in edges_of(face))
     return len(vertices) - len(edges) + len(faces)
+
+
+def assert_euler(vertices, faces, expected):
+    """`euler` of a mesh is what it should be."""
+    found = euler(vertices, faces)
+    agree(found, expected, "vertices - edges + faces", "Is there a hole, or a part less?", atol=0)
 
 
 # ---- against a plain loop --------------------------------------------------------------------
@@ -123,6 +131,7 @@ def from_lowest(face):
     return tuple(face[start:] + face[:start])
 
 
+@pytest.mark.exercise(14)
 @pytest.mark.parametrize("threshold", [0.0, 0.4])
 def test_the_mesh_is_that_of_a_plain_loop(threshold):
     """Every triangle of noise, which holds every case; a quadrilateral may be cut either way."""
@@ -137,7 +146,10 @@ def test_the_mesh_is_that_of_a_plain_loop(threshold):
     count = 0
     for polygon in polygons:
         distance = np.abs(np.array(polygon)[:, None] - vertices).max(axis=2)
-        assert distance.min(axis=1).max() < 1e-5, "the mesh lacks a vertex"
+        off = distance.min(axis=1).max()
+        assert off < 1e-5, (
+            f"the plain loop has a vertex where the mesh has none within {off:.3g}. Is it at "
+            "t = (threshold - low) / (high - low) of its edge, and the rim's 1 taken away?")
         numbers = distance.argmin(axis=1).tolist()
         used[numbers] = True
         count += len(polygon) - 2
@@ -148,36 +160,41 @@ def test_the_mesh_is_that_of_a_plain_loop(threshold):
             ways = [[(a, b, c), (a, c, d)], [(a, b, d), (b, c, d)]]
         there = [all(from_lowest(face) in found for face in way) for way in ways]
         assert any(there), "the mesh lacks a triangle, or has it the wrong way round"
-    assert count == len(faces), "the mesh has other triangles too"
+    agree(len(faces), count, "the number of triangles", "Is each cut cell taken once?", atol=0)
     assert used.all(), "the mesh has other vertices too"
 
 
 # ---- surfaces that are known -----------------------------------------------------------------
 
+@pytest.mark.exercise(14)
 def test_sphere_is_closed_round_and_faces_outward():
     centre, radius = np.array([11.3, 11.8, 11.6]), 7.0
     vertices, faces = mesh.marching_tetrahedra(sphere(), 0.0)
-    assert vertices.dtype == np.float32
-    assert faces.dtype == np.int32
+    assert vertices.dtype == np.float32, f"vertices are {vertices.dtype}, not float32"
+    assert faces.dtype == np.int32, f"faces are {faces.dtype}, not int32"
     assert_closed(vertices, faces)
-    assert euler(vertices, faces) == 2
+    assert_euler(vertices, faces, 2)
     distance = np.linalg.norm(vertices - centre, axis=1)
     # Linear interpolation is off by about edge^2 / (8 radius).
-    assert np.abs(distance - radius).max() < 0.06
+    words = "the distance of vertices from the centre"
+    hint = "The indices of values are the coordinates; is the padding's 1 taken away?"
+    agree(distance, np.full(len(distance), radius), words, hint, atol=0.06)
     # Positive: the faces look outward.
     true_volume = 4 / 3 * np.pi * radius ** 3
-    assert mesh.volume(vertices, faces) == pytest.approx(true_volume, rel=0.02)
-    assert area(vertices, faces) == pytest.approx(4 * np.pi * radius ** 2, rel=0.02)
+    hint = "A negative volume: the faces look inward."
+    agree(mesh.volume(vertices, faces), true_volume, "the volume", hint, rtol=0.02, atol=0)
+    agree(area(vertices, faces), 4 * np.pi * radius ** 2, "the area", rtol=0.02, atol=0)
     a, b, c = corners_of(vertices, faces)
     of_face = np.cross(b - a, c - a)
     from_centre = (a + b + c) / 3 - centre
     assert ((of_face * from_centre).sum(1) > 0).all(), "a face looks inward"
     normals = mesh.vertex_normals(vertices, faces)
     true_normals = (vertices - centre) / distance[:, None]
-    assert ((normals * true_normals).sum(1) > 0.97).all()
-    assert np.linalg.norm(normals, axis=1) == pytest.approx(1, abs=1e-6)
+    assert ((normals * true_normals).sum(1) > 0.97).all(), "a vertex has another normal"
+    agree(np.linalg.norm(normals, axis=1), 1, "the length of normals", atol=1e-6)
 
 
+@pytest.mark.exercise(14)
 def test_volume_converges():
     """Half the cell, a quarter of the error: second order, as linear interpolation promises."""
     error = []
@@ -186,17 +203,22 @@ def test_volume_converges():
         true_volume = 4 / 3 * np.pi * (0.3 * n) ** 3
         found = mesh.volume(*mesh.marching_tetrahedra(ball, 0.0))
         error.append(abs(found / true_volume - 1))
-    assert 3 < error[0] / error[1] < 5
+    hint = "Is the crossing interpolated, not put in the middle of the edge?"
+    agree(error[0] / error[1], 4, "by what half the cell divides the error, 3 to 5", hint, atol=1)
 
 
+@pytest.mark.exercise(14)
 def test_threshold_moves_the_surface():
     for threshold in (-2.0, 3.0):
         ball = torch.from_numpy(sphere())
         vertices, faces = mesh.marching_tetrahedra(ball, threshold)
         true_volume = 4 / 3 * np.pi * (7 - threshold) ** 3
-        assert mesh.volume(vertices, faces) == pytest.approx(true_volume, rel=0.04)
+        words = f"the volume where values are above {threshold}"
+        hint = "Inside is what is larger than the threshold."
+        agree(mesh.volume(vertices, faces), true_volume, words, hint, rtol=0.04, atol=0)
 
 
+@pytest.mark.exercise(14)
 def test_plane_is_exact():
     """A field linear in space has its surface exactly where it should be in each tetrahedron."""
     axis = np.arange(9.0)
@@ -205,11 +227,13 @@ def test_plane_is_exact():
     vertices, _ = mesh.marching_tetrahedra(field, 0.0)
     within = ((vertices >= 0) & (vertices <= 8)).all(1)
     inner = vertices[within].astype(np.float64)
-    assert len(inner) > 100
+    assert len(inner) > 100, "the surface of a plane is not there"
     # Crossings are kept 1/1000 off the grid points.
-    assert np.abs(inner @ [0.31, 0.47, -0.22] - 1.7).max() < 1e-3
+    level = inner @ [0.31, 0.47, -0.22]
+    agree(level, 1.7, "a linear field at the vertices, its threshold", atol=1e-3)
 
 
+@pytest.mark.exercise(14)
 @pytest.mark.parametrize("values, genus_0_parts", [
     # All inside: the border closes it.
     (np.ones((5, 5, 5)), 1),
@@ -221,20 +245,25 @@ def test_plane_is_exact():
 def test_border_is_closed(values, genus_0_parts):
     vertices, faces = mesh.marching_tetrahedra(values, 0.0)
     assert_closed(vertices, faces)
-    assert euler(vertices, faces) == 2 * genus_0_parts
-    assert vertices.min() >= -0.5
-    assert vertices.max() <= values.shape[0] - 0.5
-    assert mesh.volume(vertices, faces) > 0
+    assert_euler(vertices, faces, 2 * genus_0_parts)
+    hint = "the rim lies as far below the threshold as the largest value lies above it"
+    low, high = vertices.min(), vertices.max()
+    assert low >= -0.5, f"a vertex lies at {low:.3g}, more than half a cell outside: {hint}"
+    assert high <= len(values) - 0.5, f"a vertex lies at {high:.3g} of {len(values)}: {hint}"
+    assert mesh.volume(vertices, faces) > 0, "the faces look inward"
 
 
+@pytest.mark.exercise(14)
 def test_the_border_is_closed_half_a_cell_outside_at_most():
     """Also if what is inside is far more above the threshold than the rest is below it."""
     values = np.full((4, 4, 4), -1.0)
     values[0] = 100.0
     vertices, _ = mesh.marching_tetrahedra(values, 0.0)
-    assert vertices.min() == pytest.approx(-0.5, abs=1e-6)
+    hint = "Is the rim as far below the threshold as the largest value is above it?"
+    agree(vertices.min(), -0.5, "the outermost vertex", hint, atol=1e-6)
 
 
+@pytest.mark.exercise(14)
 def test_noise_and_special_values_are_closed():
     """Values exactly at the threshold, infinities and NaN must not open the surface."""
     generator = np.random.default_rng(0)
@@ -244,14 +273,14 @@ def test_noise_and_special_values_are_closed():
     values[4, 4, 4] = -np.inf
     values[5, 6, 7] = np.nan
     vertices, faces = mesh.marching_tetrahedra(values, 0.0)
-    assert np.isfinite(vertices).all()
+    assert np.isfinite(vertices).all(), "infinities and NaN of the field reach the vertices"
     assert_closed(vertices, faces)
 
 
+@pytest.mark.exercise(14)
 def test_empty():
     vertices, faces = mesh.marching_tetrahedra(np.zeros((4, 4, 4)), 1.0)
-    assert vertices.shape == (0, 3)
-    assert faces.shape == (0, 3)
+    assert vertices.shape == faces.shape == (0, 3), "a field below the threshold has a surface"
     with pytest.raises(UserError, match="density stays below 25"):
         mesh.extract(lambda p: p[:, 0] * 0 + 3, lambda p: p, resolution=8)
 
@@ -265,14 +294,14 @@ def test_specks_go_and_parts_stay():
         sphere(40, 0.9, (33, 4, 4)),
     ]
     vertices, faces = mesh.marching_tetrahedra(np.max(balls, axis=0), 0.0)
-    assert euler(vertices, faces) == 6
+    assert_euler(vertices, faces, 6)
     kept, kept_faces = mesh.drop_specks(vertices, faces)
     assert_closed(kept, kept_faces)
-    assert euler(kept, kept_faces) == 4
+    assert_euler(kept, kept_faces, 4)
     speck = np.linalg.norm(vertices - [33, 4, 4], axis=1) < 3
     expected = {tuple(v) for v in vertices[~speck].tolist()}
-    assert {tuple(v) for v in kept.tolist()} == expected
-    assert euler(*mesh.drop_specks(vertices, faces, share=0.9)) == 2
+    assert {tuple(v) for v in kept.tolist()} == expected, "a vertex has moved, or is a speck's"
+    assert_euler(*mesh.drop_specks(vertices, faces, share=0.9), 2)
 
 
 def test_parts_of_a_long_chain():
@@ -283,9 +312,9 @@ def test_parts_of_a_long_chain():
     faces = np.concatenate([strip[:299 - 2], strip[300:]])
     vertices = np.zeros((600, 3), np.float32)
     _, kept = mesh.drop_specks(vertices, faces, share=0.5)
-    assert len(kept) == len(faces)
+    assert len(kept) == len(faces), "a part as large as the share went"
     _, kept = mesh.drop_specks(vertices, faces, share=1.0)
-    assert len(kept) == 298
+    assert len(kept) == 298, "a part below the share stayed, or one above it went"
 
 
 # ---- fewer and smoother ----------------------------------------------------------------------
@@ -300,17 +329,19 @@ def shortest_and_longest(vertices, faces):
 def test_merging_leaves_a_third_of_a_sphere():
     vertices, faces = mesh.marching_tetrahedra(sphere(), 0.0)
     merged, merged_faces = mesh.merge_vertices(vertices, faces)
-    assert merged.dtype == np.float32
-    assert merged_faces.dtype == np.int32
+    assert merged.dtype == np.float32, f"vertices are {merged.dtype}, not float32"
+    assert merged_faces.dtype == np.int32, f"faces are {merged_faces.dtype}, not int32"
     assert_closed(merged, merged_faces)
-    assert euler(merged, merged_faces) == 2
-    assert len(merged) < 0.33 * len(vertices)
+    assert_euler(merged, merged_faces, 2)
+    assert len(merged) < 0.33 * len(vertices), (
+        f"{len(merged)} of {len(vertices)} vertices are left, not a third")
     # Means of points of a sphere lie below it: by at most a half of 0.87² / (2 radius).
     distance = np.linalg.norm(merged - [11.3, 11.8, 11.6], axis=1)
-    assert np.abs(distance - 7).max() < 0.06
-    assert mesh.volume(merged, merged_faces) == pytest.approx(4 / 3 * np.pi * 343, rel=0.02)
-    assert shortest_and_longest(vertices, faces) < 0.6
-    assert shortest_and_longest(merged, merged_faces) > 0.65
+    agree(distance, 7, "the distance of merged vertices from the centre", atol=0.06)
+    true_volume = 4 / 3 * np.pi * 343
+    agree(mesh.volume(merged, merged_faces), true_volume, "the volume", rtol=0.02, atol=0)
+    assert shortest_and_longest(vertices, faces) < 0.6, "the case has no thin triangles"
+    assert shortest_and_longest(merged, merged_faces) > 0.65, "merging leaves thin triangles"
 
 
 def test_merged_vertices_are_means_of_those_nearest_to_a_grid_point():
@@ -322,7 +353,7 @@ def test_merged_vertices_are_means_of_those_nearest_to_a_grid_point():
     expected = np.array(sorted(np.mean(group, axis=0).tolist() for group in groups.values()))
     merged, _ = mesh.merge_vertices(vertices, faces)
     found = merged[np.lexsort(merged.T[::-1])]
-    assert found == pytest.approx(expected, abs=1e-5)
+    agree(found, expected, "merged vertices, the mean of their group")
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -333,7 +364,7 @@ def test_merging_noise_opens_and_closes_nothing(seed):
     merged, merged_faces = mesh.merge_vertices(vertices, faces)
     assert len(merged) < 0.8 * len(vertices), "the case merges nothing"
     assert_closed(merged, merged_faces)
-    assert euler(merged, merged_faces) == euler(vertices, faces)
+    assert_euler(merged, merged_faces, euler(vertices, faces))
     parts = [len(np.unique(mesh.connected_parts(f))) for f in (faces, merged_faces)]
     assert parts[0] == parts[1], "a part is lost, or two have become one"
 
@@ -354,8 +385,9 @@ def test_the_smallest_parts_survive_merging(cells):
     vertices, faces = mesh.marching_tetrahedra(values, 0.0)
     merged, merged_faces = mesh.merge_vertices(vertices, faces)
     assert_closed(merged, merged_faces)
-    assert euler(merged, merged_faces) == euler(vertices, faces)
-    assert mesh.volume(merged, merged_faces) > 0.3 * mesh.volume(vertices, faces)
+    assert_euler(merged, merged_faces, euler(vertices, faces))
+    assert mesh.volume(merged, merged_faces) > 0.3 * mesh.volume(vertices, faces), (
+        "merging takes most of the volume")
 
 
 def test_thin_parts_survive_merging():
@@ -367,10 +399,11 @@ def test_thin_parts_survive_merging():
     merged, merged_faces = mesh.merge_vertices(vertices, faces)
     assert_closed(merged, merged_faces)
     parts = len(np.unique(mesh.connected_parts(merged_faces)))
-    assert parts == 2
+    agree(parts, 2, "the number of parts", atol=0)
     # The rim of the sheet becomes an edge, the ends of the bar points.
     before = mesh.volume(vertices, faces)
-    assert mesh.volume(merged, merged_faces) > 0.75 * before
+    assert mesh.volume(merged, merged_faces) > 0.75 * before, (
+        "merging takes more than a quarter of the volume")
 
 
 def test_smoothing_multiplies_ripples_as_it_says():
@@ -387,10 +420,11 @@ def test_smoothing_multiplies_ripples_as_it_says():
         factor = ((1 - 0.5 * k) * (1 + 0.53 * k)) ** rounds
         inverse = np.linalg.inv(ripples)
         expected = (ripples * factor) @ (inverse @ vertices)
-        assert np.abs(expected.imag).max() < 1e-9
+        assert np.abs(expected.imag).max() < 1e-9, "the oracle is not real"
         found = mesh.smooth(vertices, faces, rounds)
-        assert found.dtype == np.float32
-        assert found == pytest.approx(expected.real, abs=1e-4)
+        assert found.dtype == np.float32, f"vertices are {found.dtype}, not float32"
+        words = f"ripples after {rounds} rounds"
+        agree(found, expected.real, words, "(1 - 0.5 k) (1 + 0.53 k) per round?", atol=1e-4)
 
 
 def test_smoothing_takes_the_noise_and_leaves_the_size():
@@ -400,10 +434,11 @@ def test_smoothing_takes_the_noise_and_leaves_the_size():
     noise = np.random.default_rng(0).normal(0, 0.2, (len(vertices), 1))
     smoothed = mesh.smooth(vertices + noise * outward, faces)
     distance = np.linalg.norm(smoothed - centre, axis=1)
-    assert distance.std() < 0.4 * 0.2
-    assert distance.mean() == pytest.approx(7, abs=0.05)
+    assert distance.std() < 0.4 * 0.2, f"noise of 0.2 is {distance.std():.3f} after smoothing"
+    agree(distance.mean(), 7, "the radius after smoothing", "Does it shrink?", atol=0.05)
     plain = mesh.smooth(vertices, faces)
-    assert mesh.volume(plain, faces) == pytest.approx(mesh.volume(vertices, faces), rel=0.01)
+    before = mesh.volume(vertices, faces)
+    agree(mesh.volume(plain, faces), before, "the volume after smoothing", rtol=0.01, atol=0)
 
 
 # ---- what a mesh is like ---------------------------------------------------------------------
@@ -438,21 +473,21 @@ def both(first, second):
 
 def test_volume_of_cubes():
     """Wherever they are; a cube that looks inward is a hollow in the other."""
-    assert mesh.volume(*cube(2.0, (5, -7, 3))) == pytest.approx(8)
+    agree(mesh.volume(*cube(2.0, (5, -7, 3))), 8, "the volume of a cube of edge 2")
     two = both(cube(2.0), cube(1.0, (-4, 0, 0)))
-    assert mesh.volume(*two) == pytest.approx(9)
+    agree(mesh.volume(*two), 9, "the volume of two cubes")
     corners, faces = cube(1.0, (0.5, 0.5, 0.5))
     hollow = corners, faces[:, ::-1]
-    assert mesh.volume(*hollow) == pytest.approx(-1)
-    assert mesh.volume(*both(cube(2.0), hollow)) == pytest.approx(7)
-    assert mesh.volume(np.zeros((0, 3)), np.zeros((0, 3), int)) == 0
+    agree(mesh.volume(*hollow), -1, "the volume of a cube inside out")
+    agree(mesh.volume(*both(cube(2.0), hollow)), 7, "the volume of a cube with a hollow")
+    agree(mesh.volume(np.zeros((0, 3)), np.zeros((0, 3), int)), 0, "the volume of nothing")
 
 
 def test_watertight():
     vertices, faces = cube()
     two = both(cube(), cube(1.0, (3, 0, 0)))
-    assert mesh.is_watertight(faces)
-    assert mesh.is_watertight(two[1])
+    assert mesh.is_watertight(faces), "a cube is closed"
+    assert mesh.is_watertight(two[1]), "two cubes are closed"
     assert mesh.is_watertight(faces[:, ::-1]), "turned inside out it is closed still"
     assert not mesh.is_watertight(faces[1:]), "half a side is missing"
     assert not mesh.is_watertight(two[1][:-2]), "a side of the second cube is missing"
@@ -463,18 +498,19 @@ def test_watertight():
     # A second cube has its edge 0, 1 where the first has 6, 7: four faces meet there.
     joined = np.array([6, 7, 8, 9, 10, 11, 12, 13])[faces]
     assert not mesh.is_watertight(np.concatenate([faces, joined])), "an edge of four faces"
-    assert not mesh.is_watertight(np.zeros((0, 3), int))
+    assert not mesh.is_watertight(np.zeros((0, 3), int)), "no faces close nothing"
 
 
 def test_connected_parts():
     vertices, faces = both(cube(), cube(1.0, (3, 0, 0)))
     order = np.random.default_rng(2).permutation(24)
     part = mesh.connected_parts(faces[order])
-    assert len(np.unique(part)) == 2
+    agree(len(np.unique(part)), 2, "the number of parts of two cubes", atol=0)
     assert np.array_equal(part == part[order == 0], order < 12), "a face is in the wrong part"
     # Cubes that have one corner in common hang together.
-    assert len(np.unique(mesh.connected_parts(np.where(faces == 8, 7, faces)))) == 1
-    assert len(mesh.connected_parts(faces[:0])) == 0
+    joined = mesh.connected_parts(np.where(faces == 8, 7, faces))
+    agree(len(np.unique(joined)), 1, "the number of parts of cubes with a common corner", atol=0)
+    agree(len(mesh.connected_parts(faces[:0])), 0, "the number of parts of nothing", atol=0)
 
 
 # ---- from a field ----------------------------------------------------------------------------
@@ -506,7 +542,7 @@ def ball():
 
 def test_extract_in_world_units(ball):
     distance = np.linalg.norm(ball.vertices - CENTRE, axis=1)
-    assert np.abs(distance - 0.5).max() < 3e-3
+    agree(distance, 0.5, "the radius of a ball in world units", atol=3e-3)
     # Along rays to the centre.
     depth = np.linspace(-0.05, 0.25, 3001)
     optical = (25 + 200 * depth).clip(0) * 1e-4
@@ -515,11 +551,11 @@ def test_extract_in_world_units(ball):
     seen_at = 0.5 - (weights * depth).sum() / weights.sum()
     on_average = CENTRE + (ball.vertices - CENTRE) * seen_at / 0.5
     expected = np.clip((on_average * 1.5 + 1) / 2, 0, 1)
-    assert ball.colours == pytest.approx(expected, abs=0.02)
+    agree(ball.colours, expected, "the colours that a ray to the centre collects", atol=0.02)
     # Clamped: the ball reaches 0.8 in z.
-    assert ball.colours.max() == 1.0
+    agree(ball.colours.max(), 1, "the greatest colour", "Are colours clamped?", atol=0)
     for array in (ball.vertices, ball.colours, ball.normals):
-        assert array.dtype == np.float32
+        assert array.dtype == np.float32, f"an array of the mesh is {array.dtype}, not float32"
 
 
 def test_colours_are_those_that_a_ray_collects():
@@ -539,15 +575,15 @@ def test_colours_are_those_that_a_ray_collects():
     seen = mesh.seen_colours(density, colour, points, inward, samples=3000)
     passed = math.exp(-40 * 0.25)
     mean_depth = 1 / 40 - 0.25 * passed / (1 - passed)
-    assert seen.numpy() == pytest.approx(mean_depth, rel=5e-3)
+    agree(seen, mean_depth, "the mean depth of a homogeneous medium", rtol=5e-3, atol=0)
     # Where hardly anything is dense, all samples count the same: their mean is the middle.
     thin = mesh.seen_colours(
         lambda x: torch.full_like(x[:, 0], 1e-3), lambda x: x, points, inward, start=-0.1, end=0.3)
     middle = points + 0.1 * inward
-    torch.testing.assert_close(thin, middle, rtol=0, atol=1e-4, msg="the samples are off centre")
+    agree(thin, middle, "the mean of thin samples", "Are the samples off centre?", atol=1e-4)
     # Where nothing is seen, nothing is divided by 0.
     nothing = mesh.seen_colours(lambda x: 0 * x[:, 0], lambda x: x, points, inward)
-    assert torch.equal(nothing, torch.zeros(3, 3))
+    agree(nothing, 0, "the colour of nothing", atol=0)
 
 
 def mean_angle(vertices, faces):
@@ -577,17 +613,19 @@ def test_extract_is_smooth_where_the_field_is_rough():
     rough = mesh.sample_density(density, 32)
     vertices, faces = mesh.marching_tetrahedra(rough, 25.0)
     result = mesh.extract(density, lambda p: p * 0, resolution=32)
-    assert len(result.vertices) < 0.4 * len(vertices)
-    assert mean_angle(result.vertices, result.faces) < 0.75 * mean_angle(vertices, faces)
-    assert mesh.volume(*result[:2]) == pytest.approx(4 / 3 * np.pi * 0.6 ** 3, rel=0.03)
-    assert mesh.is_watertight(result.faces)
+    assert len(result.vertices) < 0.4 * len(vertices), "vertices are not merged"
+    assert mean_angle(result.vertices, result.faces) < 0.75 * mean_angle(vertices, faces), (
+        "extract is not smoother than marching tetrahedra")
+    true_volume = 4 / 3 * np.pi * 0.6 ** 3
+    agree(mesh.volume(*result[:2]), true_volume, "the volume of a rough ball", rtol=0.03, atol=0)
+    assert mesh.is_watertight(result.faces), "the mesh of a rough ball is open"
 
 
 def test_extract_fills_the_box_when_everything_is_dense():
     box = mesh.extract(lambda p: p[:, 0] * 0 + 100, lambda p: p * 0, resolution=10)
     # Smoothing rounds the edges, and swings a little over.
-    assert box.vertices.min(0) == pytest.approx(-1, abs=0.03)
-    assert box.vertices.max(0) == pytest.approx(1, abs=0.03)
+    agree(box.vertices.min(0), -1, "the low sides of the box", atol=0.03)
+    agree(box.vertices.max(0), 1, "the high sides of the box", atol=0.03)
 
 
 # ---- files -----------------------------------------------------------------------------------
@@ -599,17 +637,18 @@ WIDTHS = {"SCALAR": 1, "VEC3": 3}
 def read_glb(data):
     """Independent reader: bytes -> (document, [array of each accessor])."""
     magic, version, length = struct.unpack_from("<4sII", data)
-    assert (magic, version, length) == (b"glTF", 2, len(data))
+    assert (magic, version, length) == (b"glTF", 2, len(data)), (
+        "the header is not glTF, 2, the length")
     text_length, text_kind = struct.unpack_from("<I4s", data, 12)
     bin_length, bin_kind = struct.unpack_from("<I4s", data, 20 + text_length)
-    assert text_kind == b"JSON" and bin_kind == b"BIN\0"
-    assert text_length % 4 == 0 and bin_length % 4 == 0
-    assert 28 + text_length + bin_length == length
+    assert text_kind == b"JSON" and bin_kind == b"BIN\0", "the chunks are not JSON, then BIN"
+    assert text_length % 4 == 0 and bin_length % 4 == 0, "a chunk does not end at a multiple of 4"
+    assert 28 + text_length + bin_length == length, "the chunks do not fill the file"
     document = json.loads(data[20:20 + text_length])
     blob = data[28 + text_length:]
-    assert len(document["buffers"]) == 1
+    assert len(document["buffers"]) == 1, "there is not one buffer"
     buffer_length = document["buffers"][0]["byteLength"]
-    assert 0 <= bin_length - buffer_length <= 3
+    assert 0 <= bin_length - buffer_length <= 3, "the buffer is not the binary chunk"
     arrays = []
     for accessor in document["accessors"]:
         view = document["bufferViews"][accessor["bufferView"]]
@@ -617,9 +656,9 @@ def read_glb(data):
         width = WIDTHS[accessor["type"]]
         size = accessor["count"] * width
         offset = view["byteOffset"]
-        assert offset % 4 == 0
-        assert view["byteLength"] == size * np.dtype(kind).itemsize
-        assert offset + view["byteLength"] <= buffer_length
+        assert offset % 4 == 0, "an array does not begin at a multiple of 4"
+        assert view["byteLength"] == size * np.dtype(kind).itemsize, "a view has another length"
+        assert offset + view["byteLength"] <= buffer_length, "a view ends behind the buffer"
         array = np.frombuffer(blob, kind, size, offset)
         arrays.append(array.reshape(-1, width))
     return document, arrays
@@ -627,7 +666,7 @@ def read_glb(data):
 
 def test_glb(ball, tmp_path):
     mesh.write_glb(tmp_path / "ball.glb", ball)
-    assert [p.name for p in tmp_path.iterdir()] == ["ball.glb"]
+    assert [p.name for p in tmp_path.iterdir()] == ["ball.glb"], "another file is left"
     document, arrays = read_glb((tmp_path / "ball.glb").read_bytes())
     assert document["asset"]["version"] == "2.0"
     scene = document["scenes"][document["scene"]]
@@ -640,32 +679,33 @@ def test_glb(ball, tmp_path):
     indices = arrays[primitive["indices"]].reshape(-1, 3)
     # y is up, and the front, +x of our world, looks toward +z. Our +y, which is on the left
     # of who looks along +x, becomes +x.
-    assert np.array_equal(positions[:, 1], ball.vertices[:, 2])
-    assert np.array_equal(positions[:, 2], ball.vertices[:, 0])
-    assert np.array_equal(positions[:, 0], ball.vertices[:, 1])
+    hint = "glTF's y is our z, its z our x, its x our y."
+    agree(positions, ball.vertices[:, [1, 2, 0]], "positions in the file", hint, atol=0)
     accessor = document["accessors"][attributes["POSITION"]]
-    assert accessor["min"] == positions.min(0).tolist()
-    assert accessor["max"] == positions.max(0).tolist()
-    assert len(positions) == len(normals) == len(colours)
-    assert np.array_equal(indices, ball.faces)
+    assert accessor["min"] == positions.min(0).tolist(), "min is not the least position"
+    assert accessor["max"] == positions.max(0).tolist(), "max is not the greatest position"
+    assert len(positions) == len(normals) == len(colours), "arrays differ in length"
+    agree(indices, ball.faces, "faces in the file", atol=0)
     # A positive volume: turned, not mirrored.
     true_volume = 4 / 3 * np.pi * 0.125
     found = mesh.volume(positions, indices.astype(np.int64))
-    assert found == pytest.approx(true_volume, rel=0.02)
+    hint = "A negative volume: mirrored, not turned."
+    agree(found, true_volume, "the volume of what the file holds", hint, rtol=0.02, atol=0)
     outward = positions - [-0.1, 0.3, 0.2]
-    assert (outward * normals).sum(1).min() > 0.48
+    assert (outward * normals).sum(1).min() > 0.48, "a normal in the file does not look outward"
     srgb = []
     for c in colours[:500].ravel().tolist():
         if c <= 0.0031308:
             srgb.append(c * 12.92)
         else:
             srgb.append(1.055 * c ** (1 / 2.4) - 0.055)
-    assert srgb == pytest.approx(ball.colours[:500].ravel().tolist(), abs=1e-5)
+    expected = ball.colours[:500].ravel()
+    agree(srgb, expected, "colours in the file, as sRGB", "Are they linear in light?")
     # Colours of 16 bits are wrong in trimesh.
-    assert colours.dtype == np.float32
+    assert colours.dtype == np.float32, f"colours are {colours.dtype}, not float32"
     # Readers that look for a texture where there is a material would miss the colours.
-    assert "material" not in primitive
-    assert "materials" not in document
+    assert "material" not in primitive, "the mesh has a material"
+    assert "materials" not in document, "the file has a material"
 
 
 @pytest.mark.parametrize("count, kind", [(65535, 5123), (65536, 5125)])
@@ -675,8 +715,9 @@ def test_vertex_numbers_take_two_bytes_as_long_as_they_fit(count, kind, tmp_path
     faces = np.array([[0, 1, count - 1]], np.int32)
     mesh.write_glb(tmp_path / "large.glb", mesh.Mesh(arrays[0], faces, arrays[1], arrays[2]))
     document, found = read_glb((tmp_path / "large.glb").read_bytes())
-    assert document["accessors"][3]["componentType"] == kind
-    assert found[3].ravel().tolist() == [0, 1, count - 1]
+    assert document["accessors"][3]["componentType"] == kind, (
+        f"vertex numbers are not of type {kind}")
+    agree(found[3].ravel(), [0, 1, count - 1], "the numbers of vertices in the file", atol=0)
 
 
 def test_linear_colour_of_mid_grey(ball, tmp_path):
@@ -684,7 +725,7 @@ def test_linear_colour_of_mid_grey(ball, tmp_path):
     grey = ball._replace(colours=np.full_like(ball.colours, 188 / 255))
     mesh.write_glb(tmp_path / "grey.glb", grey)
     _, arrays = read_glb((tmp_path / "grey.glb").read_bytes())
-    assert arrays[2][0] == pytest.approx([0.5] * 3, abs=0.003)
+    agree(arrays[2][0], 0.5, "sRGB 188, half of the light", atol=0.003)
 
 
 def test_obj(ball, tmp_path):
@@ -698,9 +739,9 @@ def test_obj(ball, tmp_path):
             assert kind == "f", f"a line of another kind: {line}"
             faces.append([int(number) for number in numbers])
     vertices = np.array(vertices)
-    assert vertices[:, :3] == pytest.approx(ball.vertices[:, [1, 2, 0]], abs=1e-6)
-    assert vertices[:, 3:] == pytest.approx(ball.colours, abs=1e-4)
-    assert np.array_equal(faces, ball.faces + 1)
+    agree(vertices[:, :3], ball.vertices[:, [1, 2, 0]], "positions in the file", atol=1e-6)
+    agree(vertices[:, 3:], ball.colours, "colours in the file", atol=1e-4)
+    agree(faces, ball.faces + 1, "faces in the file", "OBJ counts from 1.", atol=0)
 
 
 def test_unwritable(ball, tmp_path):

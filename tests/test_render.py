@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from agree import agree
 from mvd.cameras import orbit, rays
 from mvd.hashgrid import HashGridConfig
 from mvd.nerf import NeRF, NeRFConfig
@@ -98,8 +99,8 @@ def test_box_interval_by_looking():
     for i in range(300):
         seen = t[inside[i]]
         if len(seen):
-            assert abs(float(seen[0] - near[i])) < 2e-3, i
-            assert abs(float(seen[-1] - far[i])) < 2e-3, i
+            agree(near[i], seen[0], f"where ray {i} enters the box", atol=2e-3)
+            agree(far[i], seen[-1], f"where ray {i} leaves the box", atol=2e-3)
         else:
             assert far[i] - near[i] < 2e-3, f"ray {i} misses the box"
 
@@ -116,7 +117,7 @@ def test_occupancy_update_is_the_plain_loop(everywhere):
     upper = occupancy.density_max.tolist()
     lower = occupancy.density_min.tolist()
     busy = occupancy.occupied(step)
-    assert 0 < busy.sum() < count
+    assert 0 < busy.sum() < count, "the case has no occupied cell, or no other"
     asked = []
 
     def density(x):
@@ -129,10 +130,10 @@ def test_occupancy_update_is_the_plain_loop(everywhere):
     ix, iy, iz = cells_of(x, size)
     cells = (ix * size * size + iy * size + iz).tolist()
     if everywhere:
-        assert sorted(cells) == list(range(count))
+        agree(sorted(cells), range(count), "the cells that are visited, all", atol=0)
     else:
         quarter = count // 4
-        assert len(cells) == count // 2
+        agree(len(cells), count // 2, "the number of cells that are visited", atol=0)
         assert busy[torch.tensor(cells[quarter:])].all(), "the second half is not occupied"
         assert 0.7 * quarter < len(set(cells[:quarter])) < quarter, "the first is not at random"
 
@@ -140,8 +141,9 @@ def test_occupancy_update_is_the_plain_loop(everywhere):
         found = [float(answer) for c, answer in zip(cells, answers) if c == cell]
         upper[cell] = max(0.9 * upper[cell], max(found))
         lower[cell] = min(lower[cell] / 0.9, min(found))
-    assert torch.allclose(occupancy.density_max, torch.tensor(upper))
-    assert torch.allclose(occupancy.density_min, torch.tensor(lower))
+    hint = "A cell that is drawn twice decays once."
+    agree(occupancy.density_max, upper, "the upper bound of the density", hint, rtol=1e-5)
+    agree(occupancy.density_min, lower, "the lower bound of the density", hint, rtol=1e-5)
 
 
 def test_occupied_is_above_the_mean_or_the_threshold():
@@ -151,7 +153,8 @@ def test_occupied_is_above_the_mean_or_the_threshold():
         occupancy.density_max.copy_(density)
         limit = min(6.5 / 8 * scale * 0.1, 0.01)
         expected = [float(v) * 0.1 > limit for v in density]
-        assert occupancy.occupied(0.1).tolist() == expected
+        hint = "The optical depth exceeds the mean, or the threshold if that is lower."
+        agree(occupancy.occupied(0.1), expected, "which cells are occupied", hint, atol=0)
 
 
 def test_every_occupied_cell_is_visited_in_time():
@@ -167,14 +170,15 @@ def test_every_occupied_cell_is_visited_in_time():
     occupancy.update(density, 0.05, everywhere=False)
     among_occupied = asked[0][128:]
     ix, iy, iz = cells_of(among_occupied, 8)
-    assert torch.equal((ix * 64 + iy * 8 + iz).unique(), busy)
+    cells = (ix * 64 + iy * 8 + iz).unique()
+    agree(cells, busy, "the occupied cells that are visited", atol=0)
 
 
 def test_update_with_nothing_occupied():
     empty = Ball(density=0.0)
     occupancy = grid_of(empty, 0.05)
     occupancy.update(empty.density, 0.05, everywhere=False)
-    assert not occupancy.occupied(0.05).any()
+    assert not occupancy.occupied(0.05).any(), "empty space is occupied"
 
 
 # ---- sampling --------------------------------------------------------------------------------
@@ -196,10 +200,10 @@ def test_march_is_the_plain_loop():
             ix, iy, iz = cells_of(origins[r] + directions[r] * t, 8).clamp(0, 7)
             expected.append(bool(t < far[r] and busy[ix * 64 + iy * 8 + iz]))
     wanted = counts.diff(prepend=counts.new_zeros(len(counts), 1)).bool()
-    assert 200 < wanted.sum() < 0.5 * wanted.numel()
+    assert 200 < wanted.sum() < 0.5 * wanted.numel(), "the case has too few steps, or too many"
     different = (wanted.flatten() != torch.tensor(expected)).sum()
     assert different <= 2, "more steps differ than may fall on a cell's border"
-    assert torch.allclose(first, near + jitter * step)
+    agree(first, near + jitter * step, "the first look of each ray", atol=1e-6)
 
 
 def test_the_longest_ray_is_marched_to_its_end():
@@ -240,11 +244,11 @@ def test_selection_gives_every_step_a_slot():
     n = int(wanted.sum())
     s = select_samples(*marched, step=0.1, budget=n + 7, phase=torch.tensor(0.999))
     ray, k = wanted.nonzero().T
-    assert torch.equal(s.ray[:n], ray.to(s.ray))
-    assert torch.allclose(s.distance[:n], first[ray] + k * 0.1)
+    agree(s.ray[:n], ray, "the ray of each slot", atol=0)
+    agree(s.distance[:n], first[ray] + k * 0.1, "the distance of each slot", atol=1e-6)
     position = origins[s.ray] + directions[s.ray] * s.distance[:, None]
-    assert torch.allclose(s.position, position, atol=1e-6)
-    assert torch.allclose(s.width[:n], torch.tensor(0.1))
+    agree(s.position, position, "the position of each slot", atol=1e-6)
+    agree(s.width[:n], 0.1, "the width of each slot", atol=1e-6)
     assert (s.width[n:] == 0).all(), "a slot that is left weighs something"
     assert (s.ray.diff() >= 0).all(), "the slots are not sorted by ray"
 
@@ -270,15 +274,16 @@ def test_thinning_is_without_bias():
     n = int(wanted.sum())
     budget = 33
     total = torch.zeros(20, 10)
-    assert n > 2 * budget
+    assert n > 2 * budget, "the case is not thinned"
     for i in range(n):
         phase = torch.tensor((i + 0.5) / n)
         s = select_samples(*marched, step=0.1, budget=budget, phase=phase)
-        assert (s.width > 0).all()
+        assert (s.width > 0).all(), "a slot is empty though there are steps enough"
         assert (s.ray.diff() >= 0).all(), "the slots are not sorted by ray"
         k = ((s.distance - first[s.ray]) / 0.1).round().long()
         total[s.ray, k] += s.width
-    assert torch.allclose(total / n, 0.1 * wanted, atol=1e-6)
+    hint = "Do widths grow by n / budget, and has every step the same chance?"
+    agree(total / n, 0.1 * wanted, "the mean width that each step stands for", hint, atol=1e-6)
 
 
 def test_no_rays_hit_anything():
@@ -290,8 +295,8 @@ def test_no_rays_hit_anything():
     seen = render_rays(
         field, grid_of(field, step), origins, directions, background, budget=100, step=step,
         jitter=jitter, phase=phase)
-    assert torch.equal(seen.opacity, torch.zeros(16))
-    assert torch.allclose(seen.rgb, background.expand(16, 3))
+    agree(seen.opacity, 0, "the opacity of nothing", atol=0)
+    agree(seen.rgb, background.expand(16, 3), "the background behind nothing", atol=1e-6)
 
 
 def test_early_termination_saves_samples_and_changes_nothing():
@@ -312,8 +317,8 @@ def test_early_termination_saves_samples_and_changes_nothing():
         density, colour = field(samples.position)
         _, rgb, _, _ = composite(samples, density, colour, len(origins))
         pictures.append(rgb)
-    assert found[0] < 0.5 * found[1]
-    assert (pictures[0] - pictures[1]).abs().max() < 1e-3
+    assert found[0] < 0.5 * found[1], "rays do not end where light cannot pass"
+    agree(pictures[0], pictures[1], "the picture with early termination, and without", atol=1e-3)
 
 
 # ---- compositing -----------------------------------------------------------------------------
@@ -332,26 +337,36 @@ def ragged():
     return samples, density, values
 
 
+@pytest.mark.exercise(10)
 def test_composite_is_the_plain_loop():
     samples, density, values = ragged()
     weights, seen, opacity, depth = composite(samples, density, values, 6)
+    expected = torch.zeros(15, dtype=torch.float64)
+    sums = torch.zeros(6, 6, dtype=torch.float64)
     for r in range(6):
         light = 1.0
-        expected = torch.zeros(6, dtype=torch.float64)
         for s in range(15):
             if samples.ray[s] != r:
                 continue
             alpha = 1 - math.exp(-float(density[s] * samples.width[s]))
-            weight = light * alpha
-            assert float(weights[s]) == pytest.approx(weight, abs=1e-12), f"weight {s}"
-            expected[:4] += weight * values[s]
-            expected[4] += weight
-            expected[5] += weight * samples.distance[s]
+            expected[s] = light * alpha
             light *= 1 - alpha
-        found = torch.cat([seen[r], opacity[r, None], depth[r, None]])
-        assert torch.allclose(found, expected, atol=1e-12), f"ray {r}"
+            sums[r, :4] += expected[s] * values[s]
+            sums[r, 4] += expected[s]
+            sums[r, 5] += expected[s] * samples.distance[s]
+    total = torch.zeros(6, dtype=weights.dtype).index_add(0, samples.ray, weights)
+    assert (total <= 1 + 1e-9).all(), (
+        f"weights along a ray sum to {total.max():.3g}; they cannot exceed 1. "
+        "Is the light that is left multiplied in?")
+    hint = "It is light · alpha, the light being what all earlier samples of the same ray let pass."
+    agree(weights, expected, "the weights (NeRF eq. 3)", hint, atol=1e-12)
+    hint = "Is it summed over the samples of each ray, and 0 for a ray without samples?"
+    agree(seen, sums[:, :4], "the weighted values of each ray", hint, atol=1e-12)
+    agree(opacity, sums[:, 4], "the opacity, the sum of the weights", hint, atol=1e-12)
+    agree(depth, sums[:, 5], "the weighted distances", hint, atol=1e-12)
 
 
+@pytest.mark.exercise(10)
 def test_gradients_of_composite():
     samples, density, values = ragged()
 
@@ -360,23 +375,38 @@ def test_gradients_of_composite():
 
     density.requires_grad_()
     values.requires_grad_()
-    assert torch.autograd.gradcheck(call, (density, values))
+    assert torch.autograd.gradcheck(call, (density, values)), (
+        "a gradient is not that of finite differences")
 
 
+@pytest.mark.exercise(10)
 def test_a_homogeneous_medium():
     """Opacity 1 - exp(-density * length), whatever the number of samples; many rays, so that the
     running sum grows large."""
-    lengths = torch.rand(5000) * 2
-    ray = torch.arange(5000).repeat_interleave(40)
+    lengths = torch.rand(500) * 2
+    ray = torch.arange(500).repeat_interleave(40)
     width = (lengths / 40).repeat_interleave(40)
     nowhere = torch.zeros(len(ray))
     samples = Samples(ray, torch.zeros(len(ray), 3), nowhere, width)
     values = torch.zeros(len(ray), 1)
     for strength in (0.01, 1.0, 30.0):
         density = torch.full_like(width, strength)
-        _, _, opacity, _ = composite(samples, density, values, 5000)
+        _, _, opacity, _ = composite(samples, density, values, 500)
         expected = 1 - torch.exp(-strength * lengths)
-        assert (opacity - expected).abs().max() < 2e-6, "is the running sum in double precision?"
+        words = f"the opacity of a medium of density {strength}, 1 - exp(-density · length)"
+        agree(opacity, expected, words, "Is the running sum in double precision?", atol=2e-6)
+
+
+@pytest.mark.exercise(10)
+def test_composite_keeps_the_rules_of_a_step():
+    """Float32 in, float32 out, and nothing is read from the device."""
+    samples, density, values = ragged()
+    samples = Samples(
+        samples.ray, samples.position.float(), samples.distance.float(), samples.width.float())
+    with NoDataOnTheHost():
+        results = composite(samples, density.float(), values.float(), 6)
+    for name, found in zip(("weights", "values", "opacity", "depth"), results):
+        assert found.dtype == torch.float32, f"the {name} of float32 samples are {found.dtype}"
 
 
 @pytest.mark.parametrize("strength", [3.0, 60.0])
@@ -396,8 +426,9 @@ def test_render_is_the_integral(strength):
             jitter=jitter, phase=phase)
         rgb = rgb + seen.rgb / 4
     expected = quadrature(field, origins, directions, background)
-    assert (rgb - expected).abs().max() < 0.01
-    assert (rgb - expected).abs().mean() < 1e-3
+    agree(rgb, expected, "the picture, and quadrature of the integral", atol=0.01)
+    mean = (rgb - expected).abs().mean()
+    assert mean < 1e-3, f"the picture is off from the integral by {mean:.2g} on average"
 
 
 def test_thinned_pictures_agree_on_average():
@@ -421,8 +452,9 @@ def test_thinned_pictures_agree_on_average():
         return total / 30
 
     difference = mean_opacity(2 * n) - mean_opacity(n // 2)
-    assert difference.abs().mean() < 7e-3
-    assert abs(float(difference.mean())) < 1e-3
+    hint = "Do fewer samples stand for more each?"
+    agree(difference.abs().mean(), 0, "what thinning changes at a pixel", hint, atol=7e-3)
+    agree(difference.mean(), 0, "what thinning changes on average", hint, atol=1e-3)
 
 
 # ---- light -----------------------------------------------------------------------------------
@@ -439,22 +471,24 @@ def test_shading_is_its_formula(softness, textureless):
     position = torch.randn(30, 3) * 0.3
     light = torch.randn(30, 3)
     found = shade(albedo, normals, position, light, softness=softness, textureless=textureless)
+    expected = torch.zeros(30, 3)
     for i in range(30):
         to_light = (light[i] - position[i]) / math.dist(light[i], position[i])
         lambert = max(0.0, float(to_light @ normals[i]))
         colour = torch.ones(3) if textureless else albedo[i]
         s = float(softness)
-        assert torch.allclose(found[i], colour * ((1 - s) + s * lambert), atol=1e-5), i
+        expected[i] = colour * ((1 - s) + s * lambert)
+    words = f"shading with softness {softness}, textureless {textureless}"
+    agree(found, expected, words, "Is n · l at least 0, with l from the point to the light?")
 
 
 def test_lights():
     cameras = orbit(20, [0, 90, 180, 270], 2.0)[:, :3, 3].expand(500, 4, 3)
     lights = draw_light(cameras, torch.Generator().manual_seed(0))
-    assert lights.shape == (500, 4, 3)
     distance = lights.norm(dim=-1)
-    assert distance.min() >= 0.8 and distance.max() <= 1.5
+    agree(distance, torch.full((500, 4), 1.15), "the distances, 0.8 to 1.5", atol=0.3501)
     assert (distance - distance[:, :1]).abs().max() < 1e-5, "a set has more than one draw"
-    assert distance[:, 0].mean() == pytest.approx(1.15, abs=0.03)
+    agree(distance[:, 0].mean(), 1.15, "the mean distance of a light", atol=0.03)
     # light x camera = scale * (noise x camera)
     aside = torch.linalg.cross(lights, cameras)
     assert (aside.norm(dim=-1) > 0.05).float().mean() > 0.9, "there is no noise"
@@ -472,10 +506,11 @@ def test_orientation_loss_is_its_formula():
     for w, n, d in zip(weights.tolist(), normals.detach(), directions):
         expected += w * max(0.0, float(n @ d)) ** 2 / 2
     loss = orientation_loss(weights, normals, directions, opacity)
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    hint = "Is it divided by the rays that hit something, two of three?"
+    agree(loss, expected, "the orientation loss (Ref-NeRF eq. 11)", hint, rtol=1e-5, atol=0)
     loss.backward()
     assert weights.grad is None, "the loss must not move the weights"
-    assert normals.grad.abs().sum() > 0
+    assert normals.grad.abs().sum() > 0, "the loss does not move the normals"
 
 
 def test_seen_points_are_drawn_by_their_weights():
@@ -489,7 +524,7 @@ def test_seen_points_are_drawn_by_their_weights():
     for turn in range(turns):
         phase = torch.tensor((turn + 0.5) / turns)
         points = draw_seen_points(samples, weights, count, phase)
-        assert points.shape == (count, 3)
+        assert points.shape == (count, 3), f"not {count} points"
         found = (points[:, None] == position).all(-1)
         assert found.any(1).all(), "a point is not the position of a sample"
         counts += found.sum(0)
@@ -502,7 +537,7 @@ def test_seen_points_are_drawn_by_their_weights():
 def test_seen_points_where_nothing_is_seen():
     samples = Samples(torch.zeros(9), torch.ones(9, 3), torch.zeros(9), torch.zeros(9))
     points = draw_seen_points(samples, torch.zeros(9), 4, torch.tensor(0.3))
-    assert torch.equal(points, torch.ones(4, 3))
+    agree(points, 1, "points where nothing is seen, some sample's", atol=0)
 
 
 def test_smoothness_of_a_ball():
@@ -512,7 +547,8 @@ def test_smoothness_of_a_ball():
     others = torch.stack([angles.cos(), angles.sin(), torch.zeros(4)], 1)
     loss = smoothness_loss(Ball(), points, others - points)
     expected = (4 * torch.sin(angles / 2) ** 2).mean().item()
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    hint = "Is it ‖n(x) - n(x + δ)‖², summed over the axes, the mean over the points?"
+    agree(loss, expected, "the smoothness of a ball", hint, rtol=1e-5, atol=0)
 
 
 def test_smoothness_makes_a_rough_field_smooth():
@@ -582,7 +618,9 @@ def test_repeats_bit_for_bit(shaded):
             results = tiny.run(torch.Generator().manual_seed(5))
             seen.append([values.clone() for values in results])
         for other in seen[1:]:
-            assert all(torch.equal(a, b) for a, b in zip(seen[0], other))
+            for a, b in zip(seen[0], other):
+                hint = "Are sums taken in an order that threads change?"
+                agree(b, a, "the loss or a gradient once more, to the bit", hint, atol=0)
         other = tiny.run(torch.Generator().manual_seed(6))
         assert not torch.equal(seen[0][0], other[0]), "another seed gives the same loss"
     finally:
@@ -596,11 +634,15 @@ class NoDataOnTheHost(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.__name__.split(".")[0]
-        assert name not in self.FORBIDDEN, f"{name} reads data from the device"
+        assert name not in self.FORBIDDEN, (
+            f"{name} reads data from the device: nothing in a step may wait for it (no .item(), "
+            "loop over a tensor, nonzero, or branch on a tensor)")
         if name in ("index", "index_put", "index_put_"):
             for index in args[1]:
                 is_mask = index is not None and index.dtype == torch.bool
-                assert not is_mask, "a boolean index gives a shape that depends on data"
+                assert not is_mask, (
+                    "a boolean index gives a shape that depends on data: nothing in a step may; "
+                    "torch.where, or a product with the mask, keeps the shape")
         return function(*args, **(kwargs or {}))
 
 
@@ -640,7 +682,7 @@ def test_a_graph_holds_the_step(shaded):
     graph.replay()
     for a, b in zip(expected, captured):
         tolerance = 1e-6 * float(a.abs().max()) + 1e-9
-        assert torch.allclose(a, b, rtol=1e-3, atol=tolerance)
+        agree(b, a, "a captured step, and an eager one", rtol=1e-3, atol=tolerance)
 
 
 TWO_VIEWS = orbit([0.0, 30.0], [0.0, 100.0], 2.0)
@@ -652,26 +694,26 @@ def test_pictures_of_a_ball():
     picture = render_views(
         field, grid_of(field, FINE), TWO_VIEWS, 40.0, 33, background=torch.ones(3), step=FINE,
         normals=True, chunk=500)
-    assert picture.rgb.shape == picture.normal.shape == (2, 3, 33, 33)
-    assert picture.opacity.shape == picture.depth.shape == (2, 1, 33, 33)
-
     position = TWO_VIEWS[:, :3, 3]
-    rgb = picture.rgb[:, :, 16, 16]
-    assert (picture.depth[:, 0, 16, 16] - 1.5).abs().max() < 0.02
-    assert (picture.normal[:, :, 16, 16] - position / 2).abs().max() < 0.02
-    assert (rgb - (0.5 + 0.5 * position / 4)).abs().max() < 0.02
-    assert picture.opacity[:, 0, 16, 16].min() > 0.999
+
+    def centre(values):
+        return values[:, :, 16, 16]
+
+    words = "at the centre of a ball's picture"
+    agree(centre(picture.depth), torch.full((2, 1), 1.5), f"the depth {words}", atol=0.02)
+    agree(centre(picture.normal), position / 2, f"the normal {words}", atol=0.02)
+    agree(centre(picture.rgb), 0.5 + position / 8, f"the colour {words}", atol=0.02)
+    agree(centre(picture.opacity), torch.ones(2, 1), f"the opacity {words}", atol=1e-3)
 
     # The corner shows nothing.
-    assert (picture.rgb[:, :, 0, 0] == 1).all()
-    assert (picture.opacity[:, :, 0, 0] == 0).all()
-    assert (picture.depth[:, :, 0, 0] == 0).all()
-    assert (picture.normal[:, :, 0, 0] == 0).all()
+    agree(picture.rgb[:, :, 0, 0], 1, "the colour beside the ball, the background", atol=0)
+    for name in ("opacity", "depth", "normal"):
+        agree(getattr(picture, name)[:, :, 0, 0], 0, f"the {name} beside the ball", atol=0)
 
     # The outline: a ball of radius 0.5 at distance 2 covers asin(1/4) of the view.
     covered = float(picture.opacity[0, 0, 16].gt(0.5).sum() / 33)
     expected = math.tan(math.asin(0.25)) / math.tan(math.radians(20))
-    assert covered == pytest.approx(expected, abs=0.05)
+    agree(covered, expected, "the share of a row that the ball covers", atol=0.05)
 
 
 def test_depth_through_a_thin_ball():
@@ -680,12 +722,13 @@ def test_depth_through_a_thin_ball():
     occupancy = grid_of(thin, FINE, threshold=1e-6)
     picture = render_views(thin, occupancy, TWO_VIEWS, 40.0, 33, background=0.0, step=FINE)
     expected = 1.5 + (1 - 2 / math.e) / (1 - 1 / math.e)
-    assert (picture.depth[:, 0, 16, 16] - expected).abs().max() < 0.01
+    hint = "Is the sum of weights · distance divided by the opacity?"
+    agree(picture.depth[:, 0, 16, 16], expected, "the depth through a thin ball", hint, atol=0.01)
 
 
 def test_pictures_over_the_fields_own_background():
     field = Ball(density=400.0, radius=0.5, edge=0.002)
     picture = render_views(
         field, grid_of(field, FINE), TWO_VIEWS, 40.0, 4, background=None, step=FINE)
-    assert picture.normal is None
-    assert torch.allclose(picture.rgb[:, :, 0, 0], torch.tensor(0.25))
+    assert picture.normal is None, "there are normals that nobody wanted"
+    agree(picture.rgb[:, :, 0, 0], 0.25, "the field's own background", atol=1e-6)

@@ -8,6 +8,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from agree import agree
 from mvd import MVDream, diffusion, nerf, render, sds
 from mvd.hashgrid import HashGrid, HashGridConfig
 from mvd.tools.device import GraphedStep, side_stream
@@ -86,6 +87,20 @@ def guided_noise(unet, case):
     return x_t, conditional, guided
 
 
+@pytest.mark.exercise(12)
+def test_gradients_do_not_run_through_the_network(unet, case):
+    """Neither of its input nor of its weights: without that a step would take twice the memory."""
+    seen = []
+
+    def watched(x_t, t, context, camera):
+        seen.append(x_t.requires_grad or torch.is_grad_enabled())
+        return unet(x_t, t, context, camera)
+
+    distil(watched, case)
+    assert not any(seen), "the UNet is asked with gradients on: is torch.no_grad() missing?"
+
+
+@pytest.mark.exercise(12)
 @pytest.mark.parametrize("mode", ["3d", "2d"])
 def test_x0_loss_without_rescale_is_sds_with_weight_sigma_over_alpha(unet, case, mode):
     if mode == "2d":
@@ -95,17 +110,35 @@ def test_x0_loss_without_rescale_is_sds_with_weight_sigma_over_alpha(unet, case,
     weight = (1 - alpha).sqrt() / alpha.sqrt()
     expected = weight * (eps - case["noise"]) / 8
     gradient, _ = distil(unet, case, rescale=0.0)
-    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+    words = "the gradient of ½‖x_0 - sg(x̂_0)‖² / (B·V), which is sqrt((1-ᾱ)/ᾱ) (ε̂ - ε) / 8"
+    hint = "Is x̂_0 a constant? Is the sum over all, halved, divided by all views, not by numbers?"
+    agree(gradient, expected, words, hint, rtol=1e-4)
 
 
+@pytest.mark.exercise(12)
 def test_classic_gradient_against_its_formula(unet, case):
     _, _, eps = guided_noise(unet, case)
     weight = 1 - diffusion.alphas_cumprod()[TIME]
     expected = weight * (eps - case["noise"]) / 8
     gradient, _ = distil(unet, case, kind="sds")
-    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+    hint = "With the aim x_0 - w (ε̂ - ε), a constant, the gradient of ½‖x_0 - aim‖² is that."
+    agree(gradient, expected, "the SDS gradient (1 - ᾱ)(ε̂ - ε) / (B·V)", hint, rtol=1e-4)
 
 
+@pytest.mark.exercise(12)
+def test_the_loss_is_half_the_square(unet, case):
+    """The value, the prediction that is returned with it, and that it is of one number format."""
+    loss, x0_hat = sds.distillation_loss(
+        unet, case["x0"].double(), case["t"], case["context"], case["camera"],
+        guidance=GUIDANCE, noise=case["noise"],
+    )
+    expected = 0.5 * ((case["x0"] - x0_hat) ** 2).sum() / 8
+    agree(loss, expected, "the loss, ½‖x_0 - x̂_0‖² / (B·V)", rtol=1e-5)
+    assert loss.dtype == x0_hat.dtype == torch.float32, "the loss or x̂_0 is not float32"
+    assert not x0_hat.requires_grad, "x̂_0 holds a graph: the UNet is not to be differentiated"
+
+
+@pytest.mark.exercise(12)
 def test_rescale_against_its_formula(unet, case):
     alpha = diffusion.alphas_cumprod()[TIME].double()
     x_t, conditional, guided = guided_noise(unet, case)
@@ -119,8 +152,9 @@ def test_rescale_against_its_formula(unet, case):
         x0_guided[b] = 0.5 * x0_guided[b] + 0.5 * x0_guided[b] * ratio
     expected = (case["x0"].double() - x0_guided) / 8
     gradient, x0_hat = distil(unet, case, rescale=0.5)
-    torch.testing.assert_close(gradient, expected.float(), rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(x0_hat, x0_guided.float(), rtol=1e-3, atol=1e-3)
+    hint = "Is x̂_0 rescaled over a whole set (Lin et al. §3.4), and the loss taken with that?"
+    agree(x0_hat, x0_guided, "the rescaled x̂_0", hint, rtol=1e-3, atol=1e-3)
+    agree(gradient, expected, "the gradient with rescale 0.5", hint, rtol=1e-3, atol=1e-4)
 
 
 def test_a_network_that_predicts_v_has_the_same_target(unet, case, monkeypatch):
@@ -143,8 +177,9 @@ def test_a_network_that_predicts_v_has_the_same_target(unet, case, monkeypatch):
 
     monkeypatch.setattr(diffusion, "predict_noise", predict_noise)
     x0, eps = sds.predict_sets(velocity, *question, **options)
-    torch.testing.assert_close(x0, x0_expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(eps, eps_expected, rtol=1e-4, atol=1e-4)
+    words = "of a network that predicts v, and of the same that predicts ε"
+    agree(x0, x0_expected, f"x̂_0 {words}", rtol=1e-4, atol=1e-4)
+    agree(eps, eps_expected, f"ε̂ {words}", rtol=1e-4, atol=1e-4)
 
 
 def test_one_compiled_unet_serves_any_number_of_sets(unet, case):
@@ -165,12 +200,11 @@ def test_one_compiled_unet_serves_any_number_of_sets(unet, case):
             context = case["context"][i::2].clone(memory_format=torch.contiguous_format)
             alone = sds.predict_set(compiled, x0[one], t[one], context, camera[one], **options)
             for found, expected in zip(alone, together):
-                assert torch.allclose(found[0], expected[i], atol=1e-5), (
-                    f"set {i} has another target alone than in a batch"
-                )
+                agree(found[0], expected[i], f"the target of set {i} alone, and in a batch")
     assert len(graphs) == 1, f"the compiler saw {len(graphs)} different networks"
 
 
+@pytest.mark.exercise(12)
 def test_noise_does_not_depend_on_the_layout_in_memory(unet, case):
     plain = case["x0"]
     channels_last = plain.movedim(2, -1).contiguous().movedim(-1, 2)
@@ -181,15 +215,16 @@ def test_noise_does_not_depend_on_the_layout_in_memory(unet, case):
             unet, x0, case["t"], case["context"], case["camera"], guidance=GUIDANCE
         )
         losses.append(loss)
-    torch.testing.assert_close(*losses)
+    hint = "Is the noise drawn like a contiguous x_0?"
+    agree(losses[1], losses[0], "the loss of latents that lie channels last", hint, rtol=1e-5)
 
 
 # ---- random draws ----------------------------------------------------------------------------
 
 def test_time_range_is_annealed():
-    assert sds.time_range(0.0) == (0.98, 0.98)
-    assert sds.time_range(0.4) == pytest.approx((0.5, 0.74))
-    assert sds.time_range(0.8) == pytest.approx((0.02, 0.5))
+    for progress, ends in ((0.0, (0.98, 0.98)), (0.4, (0.5, 0.74)), (0.8, (0.02, 0.5))):
+        words = f"the range of t when {progress:.0%} are done, of an anneal of 80%"
+        agree(sds.time_range(progress), ends, words)
     assert sds.time_range(1.0) == sds.time_range(0.8), "the range moves on after `anneal`"
 
 
@@ -198,11 +233,12 @@ def test_time_is_one_integer_for_all_sets():
     draws = [sds.draw_time(0.2, 0.4, 3, "cpu") for _ in range(500)]
     draws = torch.stack(draws)
     assert (draws == draws[:, :1]).all(), "the sets of a batch differ in their time"
-    assert draws.dtype == torch.int64
-    assert 200 <= draws.min() < 205
-    assert 394 < draws.max() < 400
+    assert draws.dtype == torch.int64, f"a time step is {draws.dtype}, not int64"
+    agree(draws.min(), 202, "the least of 500 times from 200 on", atol=2)
+    agree(draws.max(), 397, "the greatest of 500 times below 400", atol=2)
 
 
+@pytest.mark.exercise(13)
 @pytest.mark.parametrize("views", [4, 6])
 def test_cameras_are_where_the_paper_puts_them(views):
     torch.manual_seed(0)
@@ -212,19 +248,35 @@ def test_cameras_are_where_the_paper_puts_them(views):
     elevation = torch.rad2deg(torch.asin(position[..., 2] / distance))
     azimuth = torch.rad2deg(torch.atan2(position[..., 1], position[..., 0]))
     turns = azimuth.diff(dim=1) % 360
-    assert (turns - 360 / views).abs().max() < 1e-2, "the views are not evenly round the object"
-    spread = (elevation - elevation[:, :1]).abs().max()
-    assert spread < 1e-2, "the views of a set differ in elevation"
-    assert elevation.min() > -0.01 and elevation.max() < 30.01
+    even = torch.full((4000, views - 1), 360 / views)
+    agree(turns, even, "the degrees from view to view", "They are 360 / views.", atol=0.01)
+    hint = "The first azimuth is drawn too, and the views turn with it."
+    first = azimuth[:, 0] % 360
+    agree(first.mean(), 180 / views, "the mean azimuth of the first view", hint, atol=6 / views)
+    assert first.max() > 0.95 * 360 / views, "the first view does not reach the second's place"
+    of_set = elevation[:, :1].expand_as(elevation)
+    agree(elevation, of_set, "the elevation of a set's views, and of its first", atol=0.01)
+    agree(distance, distance[:, :1].expand_as(distance), "the distance of a set's views")
+    assert elevation.min() > -0.01, "a camera looks from below"
+    assert elevation.max() < 30.01, "a camera stands higher than 30 degrees"
+    hint = "The distance is U[0.8, 1] / tan(fov / 2)."
     share = distance[:, 0] * torch.tan(torch.deg2rad(fov) / 2)
-    assert share.min() > 0.799 and share.max() < 1.001
-    assert 15 <= fov.min() and fov.max() <= 60
+    middle = torch.full_like(share, 0.9)
+    agree(share, middle, "distance · tan(fov / 2), 0.8 to 1", hint, atol=0.1001)
+    agree(share.mean(), 0.9, "the mean of distance · tan(fov / 2)", hint, atol=0.005)
+    agree(fov, torch.full_like(fov, 37.5), "the fields of view, 15 to 60", atol=22.501)
+    agree(fov.mean(), 37.5, "the mean field of view", "Is it uniform in degrees?", atol=1)
     # The mean of half U[0, 30] and half asin(U[0, 1/3]); that of the latter is its integral,
     # ∫ asin(u) du = u asin(u) + sqrt(1 - u²).
     u = 1 / 3
     integral = u * math.asin(u) + math.sqrt(1 - u * u) - 1
     on_sphere = math.degrees(integral / u)
-    assert abs(elevation[:, 0].mean() - (15 + on_sphere) / 2) < 0.4
+    hint = "Half of the sets: U[0, 30] degrees; half: asin(U[0, 1/3])."
+    agree(elevation[:, 0].mean(), (15 + on_sphere) / 2, "the mean elevation", hint, atol=0.4)
+    # Above the highest of the second kind, 19.47 degrees, is a third of the first.
+    high = (elevation[:, 0] > math.degrees(math.asin(u))).float().mean()
+    agree(high, 0.5 * (1 - math.degrees(math.asin(u)) / 30), "the share above 19.5 degrees", hint,
+          atol=0.025)
 
 
 # ---- one step --------------------------------------------------------------------------------
@@ -335,7 +387,7 @@ def test_a_step_reaches_every_part_of_the_field(model_file, loss, mode):
     distillation = make_distillation(model_file, loss=loss, mode=mode, random_background=0.0)
     field = distillation.nerf
     before = {name: weight.detach().clone() for name, weight in field.named_parameters()}
-    assert torch.isfinite(distillation.step().loss)
+    assert torch.isfinite(distillation.step().loss), "the loss is not finite"
     for part, gradient in largest_gradients(field).items():
         assert gradient > 0, f"{part} gets no gradient"
     for name, weight in field.named_parameters():
@@ -354,12 +406,13 @@ def test_the_encoding_and_the_learning_rates_are_settings(model_file, monkeypatc
     monkeypatch.setitem(nerf.ENCODINGS, "other", (OtherGrid, OtherConfig))
     distillation = make_distillation(model_file, encoding="other", lr_grid=0.03, lr=0.002)
     encoding = distillation.nerf.encoding
-    assert type(encoding) is OtherGrid
+    assert type(encoding) is OtherGrid, "the encoding that --encoding names is not used"
     assert encoding.config == OtherConfig(2, 10, 4, 16, 0.03), "its settings did not reach it"
     of_grid, of_networks = distillation.optimizer.param_groups
-    assert of_grid["lr"] == 0.03 and of_networks["lr"] == 0.002
-    assert of_grid["params"][0] is encoding.table
-    assert torch.isfinite(distillation.step().loss)
+    rates = of_grid["lr"], of_networks["lr"]
+    agree(rates, (0.03, 0.002), "the learning rates of grid and networks", atol=0)
+    assert of_grid["params"][0] is encoding.table, "the first group is not the grid's"
+    assert torch.isfinite(distillation.step().loss), "the loss is not finite"
 
 
 @pytest.mark.parametrize("settings", [{}, {"shading": True}, {"views": 3}])
@@ -372,17 +425,19 @@ def test_a_step_says_how_large_the_gradient_is_and_how_opaque_the_field(
     squares = 0.0
     for weight in distillation.nerf.parameters():
         squares += weight.grad.double().square().sum().item()
-    assert result.gradient.item() == pytest.approx(math.sqrt(squares), rel=1e-5)
+    agree(result.gradient, math.sqrt(squares), "the gradient's norm", rtol=1e-5, atol=0)
     # The opacity of a ray is the sum of its samples' weights.
     (_, seen), = rendered
     views = distillation.s.views
     mean = seen.weights.double().sum().item() / (2 * views * 8 * 8)
     assert 0 < mean < 1, "the case shows nothing, or nothing else than the object"
-    assert result.opacity.item() == pytest.approx(mean, rel=1e-5)
-    assert result.images.shape == (2, views, 3, 32, 32)
-    assert result.x_t.shape == result.x0_hat.shape == (2, views, 8, 4, 4)
-    for number in result:
-        assert not number.requires_grad and torch.isfinite(number).all()
+    agree(result.opacity, mean, "the mean opacity", "It is of all rays.", rtol=1e-5, atol=0)
+    assert result.images.shape == (2, views, 3, 32, 32), "the images have another shape"
+    latents = 2, views, 8, 4, 4
+    assert result.x_t.shape == result.x0_hat.shape == latents, "latents have another shape"
+    for name, number in result._asdict().items():
+        assert not number.requires_grad, f"{name} of a step holds a graph"
+        assert torch.isfinite(number).all(), f"{name} of a step is not finite"
 
 
 def test_the_losses_differ_and_so_do_their_gradients(model_file):
@@ -405,7 +460,9 @@ def test_random_background_replaces_the_environment_in_that_share_of_the_steps(
     for _ in range(steps):
         distillation.step()
         environment += largest_gradients(distillation.nerf)["to_background"] > 0
-    assert least <= environment <= most
+    assert least <= environment <= most, (
+        f"{environment} of {steps} steps show the environment, not {least} to {most}"
+    )
 
 
 @pytest.mark.parametrize("grey", [False, True])
@@ -415,19 +472,19 @@ def test_backgrounds_are_one_colour_or_one_grey(model_file, rendered, grey):
     (background, _), = rendered
     assert (background == background[0]).all(), "the background is not plain"
     red, green, blue = background[0]
-    assert (red == green == blue) == grey
+    assert (red == green == blue) == grey, "a colour is grey, or a grey is coloured"
 
 
 def test_shading_draws_textureless_steps(model_file):
     distillation = make_distillation(model_file, shading=True)
     with_albedo = 0
     for _ in range(16):
-        assert torch.isfinite(distillation.step().loss)
+        assert torch.isfinite(distillation.step().loss), "the loss is not finite"
         gradients = largest_gradients(distillation.nerf)
-        assert gradients["encoding"] > 0
+        assert gradients["encoding"] > 0, "the encoding gets no gradient"
         with_albedo += gradients["to_albedo"] > 0
     # 62.5% of the steps show the albedo.
-    assert 7 <= with_albedo <= 13
+    assert 7 <= with_albedo <= 13, f"{with_albedo} of 16 steps show the albedo, not about 10"
 
 
 def test_smoothness_is_added_where_the_rays_see_something(model_file, monkeypatch):
@@ -447,8 +504,8 @@ def test_smoothness_is_added_where_the_rays_see_something(model_file, monkeypatc
     assert torch.equal(*losses), "the loss that is reported includes the smoothness"
     assert not torch.allclose(*tables), "the smoothness moves nothing"
     points, offsets = asked[0]
-    assert points.shape == offsets.shape == (64, 3)
-    assert offsets.std().item() == pytest.approx(sds.NEARBY, rel=0.3)
+    assert points.shape == offsets.shape == (64, 3), "not 64 points and offsets"
+    agree(offsets.std(), sds.NEARBY, "the deviation of the offsets", rtol=0.3, atol=0)
 
 
 def test_shading_adds_the_orientation_loss(model_file):
@@ -613,7 +670,8 @@ def test_a_step_has_static_shapes_and_copies_nothing_to_the_device(model_file, s
         pytest.fail(f"in a step a shape depends on data, or a number is read from it: {error}")
     with WatchCopies() as copies, WatchNumbers() as numbers:
         result = distillation.step()
-    assert result.loss.shape == result.gradient.shape == result.opacity.shape == ()
+    for name in ("loss", "gradient", "opacity"):
+        assert getattr(result, name).shape == (), f"{name} is not one number"
     assert copies.found == [], "a step copies tensors to the device"
     assert numbers.found == [], "a step copies Python numbers to the device"
 
@@ -671,7 +729,7 @@ def test_a_compiled_step_is_the_step_and_never_waits(model_file, stage, settings
     for name, expected in eager_gradients.items():
         error = (gradients[name] - expected).norm()
         assert error <= 1e-4 * expected.norm(), f"{name} has another gradient when compiled"
-    assert torch.allclose(losses, eager_losses, rtol=0.01)
+    agree(losses, eager_losses, "the losses of compiled steps, and of eager ones", rtol=0.01)
 
 
 @pytest.mark.gpu
@@ -688,7 +746,7 @@ def test_a_step_on_cuda_never_waits(model_file, settings, stage):
         with waiting_forbidden():
             for _ in range(count):
                 result = graphed()
-        assert torch.isfinite(result.loss)
+        assert torch.isfinite(result.loss), "the loss is not finite"
         assert not torch.equal(table, before), "the steps train nothing"
 
     with side_stream(CUDA):

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 
+from agree import agree
 from mvd.tools.errors import UserError
 from mvd.text import TextConfig, TextTower, tokenizer
 from mvd.tools.vocabulary import (
@@ -42,12 +43,13 @@ def test_agrees_with_open_clip():
         {rename(name, to_theirs): tensor for name, tensor in ours.state_dict().items()}
     )
     tokens = tokenizer()(["a bulldog wearing a crown", "red"], context_length=12)
-    assert torch.equal(ours.tokenize(["a bulldog wearing a crown", "red"]), tokens)
+    rows = ours.tokenize(["a bulldog wearing a crown", "red"])
+    agree(rows, tokens, "the tokens of open_clip", atol=0)
     expected, context = theirs(tokens), ours(tokens)
     ends = tokens.argmax(-1)
-    torch.testing.assert_close(
-        context[torch.arange(2), ends], expected, rtol=1e-4, atol=1e-5
-    )
+    hint = "Is attention causal? Is the last norm there?"
+    found = context[torch.arange(2), ends]
+    agree(found, expected, "open_clip's vector at the end token", hint, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -58,7 +60,7 @@ def test_penultimate_layer_is_a_shorter_tower():
         {k: v for k, v in whole.state_dict().items() if "blocks.2" not in k}
     )
     rows = whole.tokenize(["a red car"])
-    torch.testing.assert_close(whole(rows), short(rows))
+    agree(whole(rows), short(rows), "a tower with an unused layer, and without it", rtol=1e-5)
 
 
 @torch.no_grad()
@@ -83,15 +85,16 @@ def test_cut_table_gives_what_the_whole_table_gives():
     state["token_embedding.weight"] = state["token_embedding.weight"][kept]
     cut.load_state_dict(state)
     prompt = ["a bulldog, wearing a pedestal", ""]
-    torch.testing.assert_close(cut(cut.tokenize(prompt)), whole(whole.tokenize(prompt)))
-    assert cut.tokenize(prompt)[0, -1] == 0
+    expected = whole(whole.tokenize(prompt))
+    agree(cut(cut.tokenize(prompt)), expected, "the cut table, and the whole one", rtol=1e-5)
+    agree(cut.tokenize(prompt)[0, -1], 0, "the padding", atol=0)
 
 
 def test_unknown_words_are_named_and_left_out():
     t = tower(words=("a", "bulldog", "crown"))
     with pytest.warns(UserWarning, match="walrus.*it knows: a bulldog crown"):
         rows = t.tokenize(["a walrus, a bulldog"])
-    assert torch.equal(rows, t.tokenize(["a, a bulldog"]))
+    agree(rows, t.tokenize(["a, a bulldog"]), "the rows without the unknown word", atol=0)
     with pytest.raises(UserError, match="knows nothing in 'ein Hund'.*bulldog"):
         t.tokenize(["ein Hund"])
     with pytest.raises(
@@ -105,7 +108,8 @@ def test_no_warning_for_known_words_and_the_empty_prompt():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         rows = t.tokenize(["A Bulldog", ""])
-    assert rows[1, :3].tolist() == [t.row_of[t.start], t.row_of[t.end], 0]
+    expected = [t.row_of[t.start], t.row_of[t.end], 0]
+    agree(rows[1, :3], expected, "the rows of the empty prompt", "Start, end, padding.", atol=0)
 
 
 def test_long_prompts_are_cut_with_a_warning():
@@ -113,10 +117,11 @@ def test_long_prompts_are_cut_with_a_warning():
     for words in (11, 30):  # of 12 places two are for the start and the end
         with pytest.warns(UserWarning, match="cut"):
             rows = t.tokenize(["car " * words])
-        assert rows[0, -1] == t.end
+        agree(rows[0, -1], t.end, f"the last row of {words} words, cut, the end", atol=0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert t.tokenize(["car " * 10])[0, -1] == t.end
+        rows = t.tokenize(["car " * 10])
+    agree(rows[0, -1], t.end, "the last row of as many words as fit, the end", atol=0)
 
 
 def test_the_tokenizer_is_open_clips():
@@ -128,11 +133,13 @@ def test_the_tokenizer_is_open_clips():
     for _ in range(500):
         text = "".join(rng.choice(alphabet) for _ in range(20))
         assert tokenizer().encode(text) == theirs.encode(text), f"{text!r} is spelled otherwise"
-    assert tokenizer().all_special_ids == theirs.all_special_ids
+    special = theirs.all_special_ids
+    agree(tokenizer().all_special_ids, special, "the tokens of start and end", atol=0)
 
 
 def test_identifiers_are_single_tokens():
-    assert all(len(tokenizer().encode(word)) == 1 for word in IDENTIFIERS)
+    for word in IDENTIFIERS:
+        agree(len(tokenizer().encode(word)), 1, f"the number of tokens of {word!r}", atol=0)
 
 
 def test_v_stands_for_the_identifier():
@@ -143,9 +150,8 @@ def test_v_stands_for_the_identifier():
     for words in ((), ("a", "bulldog", "ucd")):
         taught, other = tower(words=words, identifier="ucd"), tower(words=words)
         assert known_part("a [v] bulldog", taught.config) == "a ucd bulldog"
-        assert torch.equal(
-            taught.tokenize(["a [V] bulldog"]), other.tokenize(["a ucd bulldog"])
-        )
+        expected = other.tokenize(["a ucd bulldog"])
+        agree(taught.tokenize(["a [V] bulldog"]), expected, "the rows of [V], and of ucd", atol=0)
         with pytest.raises(UserError, match=r"taught no \[v\].*dreambooth.py"):
             other.tokenize(["a [v] bulldog"])
 
@@ -167,7 +173,8 @@ def test_bytes_that_are_not_text_are_refused(words):
 
 def test_the_whole_vocabulary_reads_both_ways_to_write_a_letter():
     t = tower()
-    assert torch.equal(t.tokenize(["a caf\u00e9"]), t.tokenize(["a cafe\u0301"]))
+    one, two = t.tokenize(["a caf\u00e9"]), t.tokenize(["a cafe\u0301"])
+    agree(two, one, "the rows of é written as two characters", atol=0)
 
 
 def test_an_identifier_should_be_one_rare_token():
@@ -235,7 +242,7 @@ def test_words_of_ascii_text_are_runs_of_letters_and_digits():
     ],
 )
 def test_words_of_any_script(text, words):
-    assert words_of(text) == words
+    assert words_of(text) == words, f"{text!r} has other words"
 
 
 def test_new_words_are_those_that_a_model_does_not_know():
@@ -254,10 +261,10 @@ def test_added_words_leave_all_that_was_known_as_it_was():
     old = copy.deepcopy(small)
     added = ["3x", "blackbird", "dog", "löwe"]  # the 3 has a row already
     assert small.add_words(["dog 3x", "a", "Löwe", "blackbird"]) == added
-    assert torch.equal(small(small.tokenize(prompts)), before), "to the bit"
+    agree(small(small.tokenize(prompts)), before, "known prompts, to the bit", atol=0)
     for token, row in old.row_of.items():
         now = small.token_embedding.weight[small.row_of[token]]
-        assert torch.equal(now, old.token_embedding.weight[row]), f"the row of token {token}"
+        agree(now, old.token_embedding.weight[row], f"the row of token {token}", atol=0)
 
     spelled = {word: tokenizer().encode(word) for word in small.config.words}
     new = {token for word in added for token in spelled[word]} - set(old.row_of)
@@ -281,7 +288,8 @@ def test_added_words_are_heard():
     again = tower(words=("a", "bulldog", "crown"))
     torch.manual_seed(99)
     again.add_words(["löwe", "blackbird"])
-    assert torch.equal(again.token_embedding.weight, small.token_embedding.weight)
+    weight = small.token_embedding.weight
+    agree(again.token_embedding.weight, weight, "rows added in another order", atol=0)
 
 
 @torch.no_grad()
@@ -292,15 +300,16 @@ def test_rows_of_added_words_are_spread_like_the_known_rows():
     small.add_words("blackbird zebra umbrella violin mountain river window garden".split())
     new = small.own_rows("blackbird zebra umbrella violin mountain river window garden".split())
     table = small.token_embedding.weight
-    assert table[new].mean() == pytest.approx(0.5, abs=0.02)
-    assert table[new].std() == pytest.approx(3 * 0.02, rel=0.2)
+    agree(table[new].mean(), 0.5, "the mean of new rows", atol=0.02)
+    agree(table[new].std(), 3 * 0.02, "the deviation of new rows", rtol=0.2, atol=0)
 
 
 def test_what_learns_still_learns():
     small = tower(words=("a", "bulldog"))
     small.add_words(["dog"])
-    assert small.token_embedding.weight.requires_grad
+    assert small.token_embedding.weight.requires_grad, "a table that learned learns no more"
     frozen = tower(words=("a", "bulldog")).requires_grad_(False).half()
     frozen.add_words(["dog"])
     weight = frozen.token_embedding.weight
-    assert not weight.requires_grad and weight.dtype == torch.float16
+    assert not weight.requires_grad and weight.dtype == torch.float16, (
+        "a frozen table thaws, or has another number format")

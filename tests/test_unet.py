@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from agree import agree, near
 from layouts import named_tensor
 from mvd.tools.errors import UserError
 from mvd.unet import (
@@ -48,16 +49,20 @@ def case():
     return load_file(DATA / "unet_small.safetensors")
 
 
+@pytest.mark.exercise(8)
 @torch.no_grad()
 def test_multiview_agrees_with_the_released_model(unet, case):
     out = unet(case["x"], case["t"], case["context"], case["camera"])
-    assert (out - case["out_multiview"]).norm() / case["out_multiview"].norm() < 1e-4
+    hint = "Does self-attention run over the tokens of all views of a set?"
+    near(out, case["out_multiview"], "the released model's answer in 3D mode", hint)
 
 
+@pytest.mark.exercise(8)
 @torch.no_grad()
 def test_2d_mode_agrees_with_the_released_model(unet, case):
     out = unet(case["x"], case["t"], case["context"])
-    assert (out - case["out_2d"]).norm() / case["out_2d"].norm() < 1e-4
+    hint = "Without cameras each view attends to itself alone."
+    near(out, case["out_2d"], "the released model's answer in 2D mode", hint)
 
 
 @torch.no_grad()
@@ -66,19 +71,15 @@ def test_2d_mode_treats_every_view_alone(unet, case):
     alone = torch.cat(
         [unet(case["x"][:, i : i + 1], case["t"], case["context"]) for i in range(4)], 1
     )
-    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    near(together, alone, "a view among others in 2D mode, and alone")
 
 
 @torch.no_grad()
 def test_views_may_be_permuted_with_their_cameras(unet, case):
     order = [2, 0, 3, 1]
     out = unet(case["x"][:, order], case["t"], case["context"], case["camera"][:, order])
-    torch.testing.assert_close(
-        out,
-        unet(case["x"], case["t"], case["context"], case["camera"])[:, order],
-        rtol=1e-4,
-        atol=1e-5,
-    )
+    expected = unet(case["x"], case["t"], case["context"], case["camera"])[:, order]
+    near(out, expected, "views in another order, with their cameras")
 
 
 def brute_force_attention(attention, queries, context):
@@ -108,6 +109,7 @@ def brute_force_attention(attention, queries, context):
     return out @ attention.to_out.weight.double().T + attention.to_out.bias.double()
 
 
+@pytest.mark.exercise(8)
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("across", [True, False])
@@ -159,31 +161,32 @@ def test_attention_against_a_loop_over_views(attention, across):
     )
     tokens = tokens @ block.proj_out.weight.double().T + block.proj_out.bias.double()
     expected = x.double() + tokens.flatten(0, 1).transpose(1, 2).reshape(x.shape)
-    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
+    hint = "In order: norm, proj_in; self-, pixel, cross-attention, feed-forward, each with its "
+    hint += "norm and residual; proj_out and the residual of all. Which tokens see each other?"
+    words = f"a block with attention {attention!r}, across_views {across}"
+    agree(out, expected, words, hint, rtol=1e-4, atol=1e-4)
 
 
 def test_time_embedding_against_the_released_numbers():
     reference = load_file(DATA / "schedule.safetensors")
-    torch.testing.assert_close(
-        time_embedding(reference["time_embedding_t"], 320),
-        reference["time_embedding_320"],
-        rtol=1e-4,
-        atol=1e-4,
-    )
+    found = time_embedding(reference["time_embedding_t"], 320)
+    hint = "All cosines come first; k / half counts the frequencies."
+    agree(found, reference["time_embedding_320"], "the time embedding", hint, atol=1e-4)
 
 
 def test_the_camera_changes_only_the_3d_mode(unet, case):
     with torch.no_grad():
         a = unet(case["x"], case["t"], case["context"], case["camera"])
         b = unet(case["x"], case["t"], case["context"], case["camera"].flip(1))
-    assert (a - b).norm() / a.norm() > 1e-2
+    assert (a - b).norm() / a.norm() > 1e-2, "other cameras give the same answer"
 
 
 def test_full_size_has_the_released_number_of_parameters():
     with torch.device("meta"):
         unet = MultiViewUNet(UNetConfig())
-    assert len(unet.state_dict()) == 690
-    assert sum(p.numel() for p in unet.parameters()) == 867_572_164
+    agree(len(unet.state_dict()), 690, "the number of tensors", atol=0)
+    count = sum(p.numel() for p in unet.parameters())
+    agree(count, 867_572_164, "the number of parameters", atol=0)
 
 
 @torch.no_grad()
@@ -197,8 +200,10 @@ def test_in_bfloat16_the_residual_stream_is_float32(unet, case):
         model(case["x"], case["t"], case["context"], case["camera"])
         for model in (unet, rounded)
     )
-    assert out.dtype == torch.bfloat16 and set(streams) == {torch.float32}
-    assert (out.float() - exact).norm() / exact.norm() < 0.02
+    assert out.dtype == torch.bfloat16, f"a bfloat16 UNet answers in {out.dtype}"
+    assert set(streams) == {torch.float32}, f"blocks hand on {set(streams)}, not float32 alone"
+    share = (out.float() - exact).norm() / exact.norm()
+    assert share < 0.02, f"bfloat16 weights change the answer by {share:.1%}; 2% is much"
 
 
 # ---- the paper's ablations -------------------------------------------------------------------
@@ -263,7 +268,7 @@ def test_the_2d_mode_of_every_variant_is_that_of_the_released_model(unet, case, 
     )
     with torch.no_grad():
         out = other(case["x"], case["t"], case["context"])
-    assert (out - case["out_2d"]).norm() / case["out_2d"].norm() < 1e-4
+    near(out, case["out_2d"], f"the 2D mode with attention {attention!r}, camera {camera!r}")
 
 
 @torch.no_grad()
@@ -294,7 +299,8 @@ def test_attention_at_pixels_is_silent_at_first(case):
     view.load_state_dict(shared)
     given = case["x"], case["t"], case["context"], case["camera"]
     out = pixel(*given)
-    assert out.abs().max() > 0 and torch.equal(out, view(*given))
+    assert out.abs().max() > 0, "the case is empty"
+    agree(out, view(*given), "a new UNet with attention at pixels, and without", atol=0)
 
 
 @torch.no_grad()
@@ -310,7 +316,7 @@ def test_the_camera_token_stands_behind_the_text_of_its_own_view(case):
     for v in range(x.shape[1]):
         token = last(torch.nn.functional.silu(first(camera[:, v : v + 1])))  # [B, 1, D]
         alone = plain(x[:, v : v + 1], t, torch.cat([context, token], 1))
-        torch.testing.assert_close(out[:, v : v + 1], alone, rtol=1e-4, atol=1e-4)
+        near(out[:, v : v + 1], alone, f"view {v}, and it alone with its camera token")
 
 
 def test_unknown_variants_are_refused_in_one_line():

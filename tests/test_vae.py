@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from agree import agree, near
 from layouts import named_tensor
 from mvd.vae import VAE, VAEConfig
 
@@ -48,19 +49,17 @@ def case():
     return load_file(DATA / "vae_small.safetensors")
 
 
-def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
-
-
 @torch.no_grad()
 def test_encode_agrees_with_the_published_definition(vae, case):
     mean, logvar = vae.encode(case["image"])
-    assert relative(torch.cat([mean, logvar], 1), case["moments"]) < 1e-5
+    found = torch.cat([mean, logvar], 1)
+    near(found, case["moments"], "mean and log-variance of the published encoder")
 
 
 @torch.no_grad()
 def test_decode_agrees_with_the_published_definition(vae, case):
-    assert relative(vae.decode(case["moments"][:, :4]), case["decoded_mean"]) < 1e-5
+    found = vae.decode(case["moments"][:, :4])
+    near(found, case["decoded_mean"], "the picture of the published decoder")
 
 
 @torch.no_grad()
@@ -69,13 +68,8 @@ def test_channels_last_changes_nothing(vae, case):
     again = VAE(SMALL).eval()
     again.load_state_dict(vae.state_dict())
     again = again.to(memory_format=torch.channels_last)
-    assert (
-        relative(
-            again.encode(case["image"].contiguous(memory_format=torch.channels_last))[0],
-            mean,
-        )
-        < 1e-5
-    )
+    image = case["image"].contiguous(memory_format=torch.channels_last)
+    near(again.encode(image)[0], mean, "the mean if tensors lie channels last")
 
 
 @torch.no_grad()
@@ -95,7 +89,8 @@ def test_attention_is_the_textbook_formula(vae, case):
     )  # [C, pixels]
     attended = value @ torch.softmax(query.T @ key / 64**0.5, 1).T
     expected = x + linear(block.out, attended).view(1, 64, 3, 5)
-    assert torch.allclose(block(x), expected, atol=1e-12)
+    hint = "Is it divided by sqrt(channels), and softmax taken over the keys?"
+    agree(block(x), expected, "x + attention(norm(x))", hint, atol=1e-12)
     block.float()
 
 
@@ -106,7 +101,8 @@ def test_log_variance_is_clamped(vae):
     for bias, clamped in ((-99.0, -30.0), (99.0, 20.0)):
         model.quant_conv.bias.fill_(bias)
         mean, logvar = model.encode(torch.zeros(1, 3, 8, 8))
-        assert (logvar == clamped).all() and (mean == bias).all()
+        agree(logvar, clamped, f"a log-variance of {bias}, clamped", atol=0)
+        agree(mean, bias, f"a mean of {bias}, which is not clamped", atol=0)
 
 
 def test_any_width_and_size():
@@ -115,14 +111,15 @@ def test_any_width_and_size():
     )
     image = torch.randn(2, 3, 16, 24, requires_grad=True)
     mean, logvar = model.encode(image)
-    assert mean.shape == logvar.shape == (2, 7, 2, 3)
+    assert mean.shape == logvar.shape == (2, 7, 2, 3), "latents are not an eighth of the size"
     decoded = model.decode(mean)
-    assert decoded.shape == image.shape
+    assert decoded.shape == image.shape, "the decoded picture has another size"
     decoded.square().sum().backward()
-    assert image.grad.abs().sum() > 0
+    assert image.grad.abs().sum() > 0, "no gradient reaches the image"
 
 
 def test_full_size_has_the_parameters_of_stable_diffusion():
     with torch.device("meta"):
         model = VAE()
-    assert sum(p.numel() for p in model.parameters()) == 83_653_863
+    count = sum(p.numel() for p in model.parameters())
+    agree(count, 83_653_863, "the number of parameters", atol=0)
