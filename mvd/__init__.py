@@ -11,9 +11,21 @@ if sys.platform == "linux":
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 try:
-    from .model import MVDream  # noqa: E402
+    import torch  # noqa: E402, F401
 except KeyboardInterrupt:
     # Importing torch takes seconds: Ctrl-C ends a script here as it does later, in cli.main.
     sys.exit(130)
 
 __all__ = ["MVDream"]
+
+
+def __getattr__(name):
+    """`from mvd import MVDream` imports the model only then.
+
+    So `python -m mvd.exercises` works while a module of the model is half rewritten.
+    """
+    if name != "MVDream":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .model import MVDream
+
+    return MVDream

@@ -124,9 +124,10 @@ def marching_tetrahedra(values, threshold):
     """The surface values = threshold as a closed mesh: (vertices [M, 3], faces [F, 3]).
 
     values [nx, ny, nz] (array, or tensor on the CPU): inside is what is larger than the
-    threshold; NaN counts as 0. Vertices are float32, no two alike, in grid coordinates:
-    values[i, j, k] sits at (i, j, k). Faces are int32, counter-clockwise seen from outside.
-    Both may be empty. What reaches the border is closed at most half a cell outside of it.
+    threshold; NaN counts as 0, infinity as 1e30. Vertices are float32 in grid coordinates:
+    values[i, j, k] sits at (i, j, k). No two are alike: t is kept in 0.001 .. 0.999. Faces
+    are int32, counter-clockwise seen from outside. Both may be empty. What reaches the
+    border is closed at most half a cell outside of it, by a rim of lower values.
 
     Between the ends of an edge the field is taken to be linear. The idea is a plain loop:
 

@@ -1,0 +1,76 @@
+"""Exercises: functions of the paper to write yourself, in the paper's order.
+
+    python -m mvd.exercises                 # the list
+    python -m mvd.exercises start 3         # take the body of a function out
+    python -m mvd.exercises check 3         # grade what you wrote, in words
+    python -m mvd.exercises solution 3      # bring the body back
+    python -m mvd.exercises projects        # three larger projects
+
+A function is written from its docstring, the paper, and what `check` says. `pytest -m exercise
+tests` grades all. Whatever you write is kept: `solution` puts it into `attempts/` first.
+"""
+from typing import NamedTuple
+
+
+class Exercise(NamedTuple):
+    """Functions of one file, and what to read before writing them."""
+    file: str       # from the repository's root
+    names: tuple    # of the functions; Class.method
+    read: str       # paper and place
+    level: int      # 1 to 3
+    minutes: int    # our guess, for someone who knows PyTorch and reads the place first
+    tests: str      # the file of the tests that grade it: those marked exercise(number)
+
+
+DIFFUSION = "mvd/diffusion.py", "tests/test_diffusion.py"
+CAMERAS = "mvd/cameras.py", "tests/test_cameras.py"
+
+
+def exercise(files, names, read, level, minutes):
+    """An Exercise. files: (file, tests)."""
+    file, tests = files
+    return Exercise(file, tuple(names.split()), read, level, minutes, tests)
+
+
+# By number, from 1 on.
+EXERCISES = dict(enumerate([
+    exercise(DIFFUSION, "q_sample", "DDPM (Ho et al. 2020) §2, eq. 4", 1, 10),
+    exercise(DIFFUSION, "solve_x0", "DDPM §4.3, eq. 15: eq. 4 solved for x0", 1, 10),
+    exercise(DIFFUSION, "ddim_step", "DDIM (Song et al. 2021) §4.1, eq. 12; §5, eq. 16", 2, 30),
+    exercise(DIFFUSION, "ddpm_step", "DDPM §2, eq. 6 and 7", 2, 40),
+    exercise(
+        DIFFUSION, "guide rescale",
+        "Ho & Salimans 2022 §3.2; Lin et al. 2023 §3.4, eq. 15 and 16", 1, 20,
+    ),
+    exercise(CAMERAS, "orbit rays", "the picture at the top of the file; NeRF §4", 2, 60),
+    exercise(CAMERAS, "extrinsics", "MVDream §3.1, camera embeddings", 1, 15),
+    exercise(
+        ("mvd/unet.py", "tests/test_unet.py"), "MultiViewTransformer.forward",
+        "MVDream §3.1, figure 3; the top of the file, and __init__ of the class", 3, 60,
+    ),
+    exercise(
+        ("mvd/hashgrid.py", "tests/test_hashgrid.py"), "encode_plainly",
+        "Instant NGP (Müller et al. 2022) §3, eq. 4; `levels_of` above it", 3, 60,
+    ),
+    exercise(
+        ("mvd/render.py", "tests/test_render.py"), "composite", "NeRF §4, eq. 3", 3, 60,
+    ),
+    exercise(
+        ("mvd/nerf.py", "tests/test_nerf.py"), "NeRF.geometry",
+        "DreamFusion §3.2 (normals); the chain rule in its docstring", 3, 60,
+    ),
+    exercise(
+        ("mvd/sds.py", "tests/test_sds.py"), "distillation_loss",
+        "MVDream §3.2, eq. 4; DreamFusion §3, eq. 3", 2, 45,
+    ),
+    exercise(
+        ("mvd/sds.py", "tests/test_sds.py"), "draw_cameras", "MVDream, appendix (cameras)", 2, 30,
+    ),
+    exercise(
+        ("mvd/mesh.py", "tests/test_mesh.py"), "marching_tetrahedra",
+        "Doi & Koide 1991; the helpers above it", 3, 90,
+    ),
+    exercise(
+        ("dreambooth.py", "tests/test_dreambooth.py"), "preserve", "MVDream §3.3", 2, 30,
+    ),
+], start=1))
