@@ -7,7 +7,6 @@ have a standard deviation near 1; this file does not scale (`MVDream.encode` doe
 """
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -108,8 +107,7 @@ class DownLevel(nn.Module):
         if self.downsample is None:
             return x
         # Padded on the right and below only, as the released weights were trained.
-        x = F.pad(x, (0, 1, 0, 1)).contiguous(memory_format=torch.channels_last)
-        return self.downsample(x)
+        return self.downsample(F.pad(x, (0, 1, 0, 1)))
 
 
 class UpLevel(nn.Module):

@@ -541,11 +541,10 @@ def test_a_penalty_is_added_not_taken_away(model_file, monkeypatch, name, weight
         gradients.append(torch.autograd.grad(total, table, retain_graph=True)[0])
     own, = torch.autograd.grad(asked[-1], table)
     change = gradients[1] - gradients[0]
-    assert own.abs().max() > 0
-    torch.testing.assert_close(
-        change, 1000 * own, rtol=1e-3, atol=1e-3 * own.abs().max().item() * 1000,
-        msg=f"the {weight} is not added with its weight: is its sign right?",
-    )
+    largest = own.abs().max().item()
+    assert largest > 0, "the case has no penalty"
+    words = f"what 1000 more {weight} add to the gradient"
+    agree(change, 1000 * own, words, "Is its sign right?", rtol=1e-3, atol=largest)
 
 
 def test_the_kinds_of_light(model_file):
@@ -563,9 +562,8 @@ def test_the_kinds_of_light(model_file):
         kind, softness = torch.tensor(lit_kind), torch.tensor(0.7)
         shading = distillation.shading(draws._replace(lit_kind=kind, softness=softness))
         found = float(shading.softness), float(shading.textureless)
-        assert found == pytest.approx(expected), (
-            f"softness and textureless of the kind {lit_kind}, the light {'on' if lit else 'off'}"
-        )
+        case = f"the kind {lit_kind}, the light {'on' if lit else 'off'}"
+        agree(found, expected, f"softness and textureless of {case}")
     pixels = distillation.stage.size ** 2
     lamps = shading.light.view(-1, pixels, 3)
     assert (lamps == draws.light.reshape(-1, 1, 3)).all(), "a ray has the lamp of another view"
@@ -593,11 +591,9 @@ def test_a_step_renders_what_its_samples_show(model_file, rendered):
     assert left.min() < 0.5, "the field hides nothing: the test would see no mistake"
     wanted = colours.view(4, STAGE.size, STAGE.size, 3).movedim(-1, 1)
     wanted = torch.nn.functional.interpolate(wanted, images.shape[-2:], mode="bilinear")
-    torch.testing.assert_close(
-        images[0].double(), 2 * wanted - 1, rtol=0, atol=1e-4,
-        msg="the pictures of a step are not the volume rendering of its samples",
-    )
-    assert opacity.item() == pytest.approx(1 - left.mean().item(), abs=1e-4)
+    words = "the pictures of a step, and volume rendering of its samples in a loop"
+    agree(images[0], 2 * wanted - 1, words, "Is the light multiplied in?", atol=1e-4)
+    agree(opacity, 1 - left.mean(), "the mean opacity of a step", atol=1e-4)
 
 
 def test_a_large_rendering_is_averaged_to_the_models_size(model_file, monkeypatch):
