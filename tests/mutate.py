@@ -72,9 +72,13 @@ EQUIVALENT = [
     ("select_samples", "detach", "no_grad", "rays and occupancy do not learn"),
     ("smoothness_loss", "operands", "torch.cat", "the distance is the same from the other end"),
     ("draw_seen_points", "off by one", "clamp", "only NaN gets there"),
+    ("draw_seen_points", "detach", "", "an index has no slope"),
+    ("orientation_loss", "detach", "hits", "a comparison has no slope"),
+    ("TextTower.add_words", "detach", "no_grad", "a new parameter begins a graph of its own"),
     ("MultiViewUNet.add_token", "operands", "", "attention does not see the order of the text"),
     ("GroupNorm.written_out", "detach", "first", "a shift changes nothing, so it has no slope"),
     ("draw_cameras", "operands", "in_degrees", "each is half of the cases"),
+    ("draw_cameras", "comparison", "in_degrees", "each is half of the cases"),
     ("class_loss", "detach", "no_grad", "neither θ0 nor the contexts learn"),
 ]
 

@@ -549,3 +549,9 @@ def test_noise_is_moved_to_the_device():
         eps_fn, (1, 1, 1, 2, 2), steps=2, generator=generator, device=torch.device("meta"))
     assert all(x.device.type == "meta" for x, _ in states)
     assert devices == [("meta", "meta")] * 2
+
+
+def test_a_sample_is_not_differentiated():
+    weight = torch.ones((), requires_grad=True)
+    for x, x0 in sampling_steps(lambda x, t: weight * x, (1, 1, 1, 2, 2), steps=2):
+        assert not x.requires_grad and not x0.requires_grad, "a graph through all steps is kept"

@@ -174,6 +174,11 @@ def test_sample_is_guided_ddim_written_out(model):
     torch.testing.assert_close(drawn, expected, rtol=1e-3, atol=1e-4)
 
 
+def test_pictures_of_a_model_that_learns_keep_no_graph(model):
+    learning = copy.deepcopy(model).requires_grad_()
+    assert not learning.sample("a red bulldog", steps=1, views=1).requires_grad
+
+
 def test_sample_of_several_prompts_and_modes(model):
     both = model.sample(["a red bulldog", "a bulldog"], steps=1, views=2)
     assert both.shape == (2, 2, 3, 64, 64) and not torch.equal(both[0], both[1])

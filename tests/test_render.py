@@ -732,3 +732,14 @@ def test_pictures_over_the_fields_own_background():
         field, grid_of(field, FINE), TWO_VIEWS, 40.0, 4, background=None, step=FINE)
     assert picture.normal is None, "there are normals that nobody wanted"
     agree(picture.rgb[:, :, 0, 0], 0.25, "the field's own background", atol=1e-6)
+
+
+def test_looking_at_a_field_that_learns_keeps_no_graph():
+    """Neither the visits to the occupancy grid nor the pictures for people are differentiated."""
+    grid = HashGridConfig(levels=2, log2_entries=8, coarsest=4, finest=8)
+    nerf = NeRF(NeRFConfig(grid=grid, hidden=8))
+    occupancy = OccupancyGrid(8)
+    occupancy.update(nerf.density, 0.1, everywhere=True)
+    assert not occupancy.density_max.requires_grad and not occupancy.density_min.requires_grad
+    pictures = render_views(nerf, occupancy, TWO_VIEWS, 40.0, 4, background=None, step=0.1)
+    assert pictures.opacity.max() > 0.5 and not pictures.rgb.requires_grad
