@@ -72,6 +72,7 @@ EQUIVALENT = [
     ("select_samples", "detach", "no_grad", "rays and occupancy do not learn"),
     ("smoothness_loss", "operands", "torch.cat", "the distance is the same from the other end"),
     ("draw_seen_points", "off by one", "clamp", "only NaN gets there"),
+    ("draw_seen_points", "sign", "clamp", "only NaN gets there"),
     ("draw_seen_points", "detach", "", "an index has no slope"),
     ("orientation_loss", "detach", "hits", "a comparison has no slope"),
     ("TextTower.add_words", "detach", "no_grad", "a new parameter begins a graph of its own"),

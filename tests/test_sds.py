@@ -236,6 +236,8 @@ def test_time_is_one_integer_for_all_sets():
     assert draws.dtype == torch.int64, f"a time step is {draws.dtype}, not int64"
     agree(draws.min(), 202, "the least of 500 times from 200 on", atol=2)
     agree(draws.max(), 397, "the greatest of 500 times below 400", atol=2)
+    last = sds.draw_time(1.0, 1.0, 1, "cpu")
+    agree(last, 999, "the last time step", atol=0)
 
 
 @pytest.mark.exercise(13)
