@@ -10,14 +10,16 @@ import pytest
 from mvd.tools import threads
 
 REPOSITORY = Path(__file__).parent.parent
-COMMANDS = ["metrics", "data", "toyworld", "bench", "tools.convert"]
+COMMANDS = ["metrics", "data", "toyworld", "bench", "tour", "exercises", "tools.convert"]
 SCRIPTS = ["train.py", "sample.py", "distill.py", "dreambooth.py"]
 
 
 def test_threads_sleep_while_they_wait(monkeypatch):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     threads.sleep_while_waiting()
     assert os.environ["OMP_WAIT_POLICY"] == "passive"
+    assert 100 <= int(os.environ["GOMP_SPINCOUNT"]) <= 5000, "they spin too long, or never"
 
 
 def test_what_the_user_says_counts(monkeypatch):
