@@ -285,6 +285,19 @@ def test_spherical_harmonics_are_orthonormal_and_in_order():
         agree(turned[..., i], expected, words, "The order goes from -l to l.", atol=1e-12)
 
 
+def test_spherical_harmonics_begin_with_plus():
+    """30 degrees from the pole, where every P_l^|m| is positive, and at the first crest of cos(m φ),
+    or of sin(|m| φ) for m < 0."""
+    for i, m in enumerate(m for degree in range(4) for m in range(-degree, degree + 1)):
+        azimuth = 0.0 if m >= 0 else math.pi / 2 / -m
+        polar = math.pi / 6
+        d = torch.tensor([
+            math.sin(polar) * math.cos(azimuth), math.sin(polar) * math.sin(azimuth),
+            math.cos(polar)])
+        value = spherical_harmonics(d)[i]
+        assert value > 0, f"harmonic {i}, of order {m}, is {value:.3f} on its crest: a sign is wrong"
+
+
 def test_background():
     d = F.normalize(torch.randn(4, 5, 3), dim=-1)
     agree(silence(small()).background(d), 0.5, "the background of networks that say 0", atol=0)

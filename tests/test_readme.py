@@ -1,8 +1,12 @@
-"""The README is true: its links lead somewhere, and those with a line lead to that function."""
+"""The README is true: links lead to what they name, and scripts know the flags of its commands."""
+import importlib
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+
+from mvd.tools import cli
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", ".github/RESULTS.md")
@@ -48,3 +52,58 @@ def test_headings_that_are_linked_are_there(page):
     assert targets
     for file, heading in targets:
         assert heading in anchors(file or page), f"{page}: there is no heading #{heading}"
+
+
+def commands():
+    """The commands of the README that start a script or a module of ours: [[name, flag, ...], ...].
+
+    The name is what can be imported: "train", "mvd.bench".
+    """
+    text = (ROOT / "README.md").read_text("utf-8")
+    found = []
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.M | re.S):
+        for line in [] if language else re.split(r"\n|&&", block):
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["torchrun"]:
+                words = words[1:]
+            if words[:1] not in (["python"], ["--nproc-per-node=8"]):
+                continue
+            name, *flags = words[2:] if words[1] == "-m" else words[1:]
+            if name not in ("pytest", "venv"):
+                found.append([name.removesuffix(".py"), *flags])
+    return found
+
+
+class Parsed(Exception):
+    """The command line is understood."""
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_a_command_is_understood(command, monkeypatch):
+    """The scripts' own tests run them; here is every flag of the README."""
+    known, look = cli.Parser.parse_args, cli.peek
+
+    def parse(self, *arguments):
+        known(self, *arguments)
+        raise Parsed
+
+    def peek(*arguments):
+        flags = look(*arguments)
+        for name in ("model", "init"):
+            if getattr(flags, name, None):
+                setattr(flags, name, "tiny")  # is here, unlike runs/nano or mvdream-sd21
+        return flags
+
+    monkeypatch.setattr(cli.Parser, "parse_args", parse)
+    monkeypatch.setattr(cli, "peek", peek)
+    name, *flags = command
+    folder = ROOT / Path(*name.split("."))
+    module = importlib.import_module(f"{name}.__main__" if folder.is_dir() else name)
+    with pytest.raises(Parsed):
+        module.main(flags)
+
+
+def test_the_commands_are_found():
+    names = {command[0] for command in commands()}
+    expected = {"sample", "distill", "train", "dreambooth", "mvd.bench", "mvd.tour", "mvd.exercises"}
+    assert expected <= names, "the README names fewer commands, or the test does not see them"

@@ -522,6 +522,17 @@ def test_shading_adds_the_orientation_loss(model_file):
     assert not torch.allclose(*tables), "the orientation loss moves nothing"
 
 
+def test_a_step_makes_the_penalties_smaller(model_file, monkeypatch):
+    """A step with no loss but a penalty, the sum of the table: its gradient is 1 everywhere."""
+    distillation = make_distillation(model_file)
+    monkeypatch.setattr(sds, "distillation_loss", lambda unet, x0, *a, **b: (0 * x0.sum(), x0))
+    table = distillation.nerf.encoding.table
+    distillation.penalty = lambda *_: table.sum()
+    distillation.step()
+    agree(table.grad, 1.0, "the gradient of a penalty that is the sum of the table",
+          "Is the penalty added to the loss?", atol=1e-6)
+
+
 @pytest.mark.parametrize("name, weight", [
     ("smoothness_loss", "smoothness"), ("orientation_loss", "orientation"),
 ])
