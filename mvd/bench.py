@@ -177,7 +177,7 @@ def used_share(s, distillation, stage):
     _, counts = render.march_rays(
         distillation.occupancy, origins, directions, step=s.step_size, jitter=jitter
     )
-    return min(1.0, counts[-1].item() / stage.budget)
+    return min(1.0, counts[:, -1].sum().item() / stage.budget)
 
 
 def field_part(s, distillation, stage):

@@ -761,6 +761,7 @@ def wait_for(path, process, seconds=120):
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_ctrl_c_from_the_keyboard(start, whole, model_file, tmp_path, monkeypatch):
     """A real process, its default folder, and a real signal.
 

@@ -77,6 +77,7 @@ def one_line(main, capsys):
 
 # ---- a run -----------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_bit_for_bit(start, monkeypatch, tmp_path):
     """Killed before any checkpoint, and in either phase."""
     def logged(out):
@@ -118,6 +119,7 @@ def test_the_autoencoder_is_kept_when_its_phase_ends(start, monkeypatch, tmp_pat
     assert (state["phase"], state["step"]) == ("vae", 4)
 
 
+@pytest.mark.slow
 def test_six_views_by_the_flag_alone(start, tmp_path, monkeypatch):
     """The batches, their cameras and the pictures follow. The sets have 30 views."""
     toy_data.write(tmp_path / "thirty", size=64, views=30)
