@@ -55,8 +55,8 @@ FIRST_LOOK = 20
 COMPILE_FROM = 1000
 # What to try where memory does not suffice.
 SMALLER = (
-    "half the --coarse-budget and --fine-budget, --coarse-sets 1, --fine-sets 1, a smaller "
-    "--fine-size, or --no-compile"
+    "half the --coarse-budget and --fine-budget, --coarse-sets 1, --fine-sets 1, or a smaller "
+    "--fine-size"
 )
 # Settings that may differ when a run is resumed.
 MAY_CHANGE = ("save_every", "show_every", "compile", "mesh_size", "density_threshold")
@@ -260,8 +260,9 @@ def distill(s, context, model, out, state=None):
                 model.compile_networks()
             if (wanted, compile_now) != (stage, compiled):
                 stage, compiled = wanted, compile_now
-                # Nothing may hold the earlier step's memory, which is about as large.
+                # First free the earlier step: its graph takes as much memory as the next one's.
                 take_step = result = None
+                distillation.optimizer.zero_grad(set_to_none=True)
                 torch.cuda.empty_cache()
                 distillation.begin(stage, compiled)
                 take_step = distillation.step

@@ -10,8 +10,8 @@ in 2D mode, and the UNet θ learns, starting from θ0 (multi-view DreamBooth, MV
     L = L_diffusion(photos) + λ ‖θ - θ0‖₁ / N_θ
 
 What it knows of sides and cameras survives, because θ stays near θ0. Text tower and autoencoder
-stay as they are. Ctrl-C or a kill loses at most --save-every steps: the same command with --resume
-goes on.
+stay as they are by default. Ctrl-C or a kill loses at most --save-every steps: the same command
+with --resume goes on.
 
 Not in the paper: a model that has seen few words hardly tells "a [v] bulldog" from "a bulldog",
 and draws the subject for both. Three terms help; they are off unless a preset turns them on.
@@ -144,11 +144,12 @@ def preserve(weights, start, strength):
     """Add the gradient of λ ‖θ - θ0‖₁ / N_θ: w.grad += λ sign(w - w0) / N_θ.
 
     weights, start: lists of float32 tensors, θ and θ0. (In bfloat16, θ - θ0 would round to 0.)
-    A weight without a gradient, such as the camera's, has not moved and stays. Returns a tensor
+    N_θ: all their numbers, also of those without a gradient. A weight without a gradient, such as
+    the camera's, has not moved and stays. Returns a tensor
     [4]: ‖θ - θ0‖₁ / N_θ, ‖θ - θ0‖₂, and the 2-norms of both gradients: of the other losses, and of
     this one.
 
-    It is a few operations per block of tensors in place of a few per tensor. One by one it reads:
+    For speed it is a few operations per block of tensors. One by one, which is as right, it reads:
 
         change = w - w0
         w.grad += strength / count * change.sign()

@@ -32,7 +32,7 @@ from mvd.tools.vocabulary import known_part
 # Of the cameras in transforms.json, degrees.
 FOV = 40.0
 # What to try where memory does not suffice.
-SMALLER = "fewer --views, a smaller --batch or --size, or --dtype float16"
+SMALLER = "fewer --views, or a smaller --batch or --size"
 
 
 @dataclass
@@ -166,7 +166,7 @@ def main(argv=None):
         size=s.size,
         progress=tqdm,
     )  # [B, V, 3, H, W]
-    check_numbers(images)
+    check_numbers(images, "try --dtype float32 or a lower --guidance; else its weights are damaged")
     columns = min(s.views, 8)
     # White pictures fill the last row of a sample, so that the next one starts a row of its own.
     missing = -s.views % columns

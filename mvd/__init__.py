@@ -7,12 +7,14 @@ from .tools.threads import sleep_while_waiting
 # Before anything imports torch: how its threads wait; and on a GPU, memory in pieces that grow,
 # since a run's stages want pieces of different sizes.
 sleep_while_waiting()
-if sys.platform == "linux":
+if sys.platform == "linux" and "PYTORCH_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 try:
     import torch  # noqa: E402, F401
 except KeyboardInterrupt:
+    if hasattr(sys, "ps1"):
+        raise  # at a prompt
     # Importing torch takes seconds: Ctrl-C ends a script here as it does later, in cli.main.
     sys.exit(130)
 
@@ -26,6 +28,8 @@ def __getattr__(name):
     """
     if name != "MVDream":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .model import MVDream
-
+    try:
+        from .model import MVDream
+    except AttributeError as error:  # which Python would take for a name that is not here
+        raise ImportError(f"mvd.model cannot be imported: {error}") from error
     return MVDream

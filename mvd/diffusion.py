@@ -27,9 +27,9 @@ def betas():
     return torch.linspace(*ends, NUM_TIMESTEPS, dtype=torch.float64) ** 2
 
 
-# The schedule on each device that has asked for it. To torch.compile and to a CUDA graph what lies
-# here is a constant, not a copy to the device. (`torch.compiler.assume_constant_result` would say
-# the same, but it imports the compiler, which takes as long as all else after torch.)
+# The schedule on each device that has asked for it: a compiled step and a CUDA graph read it where
+# it lies, and copy nothing. (`torch.compiler.assume_constant_result` would do, too, but it imports
+# the compiler, which takes as long as all else after torch.)
 SCHEDULES = {}
 
 
@@ -122,7 +122,7 @@ def denoising_loss(unet, x0, context, camera=None):
 def guide(eps_cond, eps_uncond, scale):
     """Classifier-free guidance (Ho & Salimans 2022): away from the prediction without the text.
 
-    scale 1 is no guidance, 0 no text.
+    scale 1 is no guidance, 0 no text. The result has the predictions' number format.
     """
     return eps_uncond + scale * (eps_cond - eps_uncond)
 
@@ -175,8 +175,8 @@ def timesteps(steps, sampler="ddim"):
 def ddim_step(x_t, eps, abar_t, abar_prev, eta=0.0, noise=0.0):
     """x_t -> x_prev, float32 (DDIM, Song et al. 2021, eq. 12, with sigma as in eq. 16).
 
-    abar_t <= abar_prev: numbers, or tensors that broadcast. eta 0 is deterministic; eta 1, with
-    noise ~ N(0, I), is DDPM.
+    abar_t <= abar_prev: numbers, or tensors that broadcast. noise ~ N(0, I), or the number 0 with
+    eta 0, which is deterministic; eta 1 is DDPM.
     """
     eps = eps.float()
     sigma = eta * ((1 - abar_prev) / (1 - abar_t)) ** 0.5 * (1 - abar_t / abar_prev) ** 0.5
@@ -197,7 +197,7 @@ def ddpm_step(x_t, eps, abar_t, abar_prev, noise):
     from_x_t = alpha**0.5 * (1 - abar_prev) * x_t
     mean = (from_x0 + from_x_t) / (1 - abar_t)
     variance = (1 - abar_prev) / (1 - abar_t) * (1 - alpha)
-    return mean + variance**0.5 * noise
+    return mean + variance**0.5 * noise.float()
 
 
 def half_log_snr(abar):

@@ -97,7 +97,7 @@ class Steps:
         """Average the gradient over all processes, clip it, step: what `Progress` sums.
 
         If a number is not finite, nothing changes but the loss scale and the count of such
-        failures. A gradient that only the scale made too large for float16 is none.
+        failures. A gradient that only the scale made too large for float16 does not count.
         """
         vector, scale = self.vector, self.rounded.scale
         parallel.average(vector.gradient)

@@ -152,8 +152,8 @@ class HashGrid(nn.Module):
 
     A point outside [0, 1] is the caller's mistake and gets features of some other place. The table
     starts at U(-1e-4, 1e-4). The points are the last axis, so that on a CPU every operation is one
-    long vectorised run, and on a GPU a compiler fuses all of them into the lookup. No shape depends
-    on data.
+    long vectorised run; on a GPU, where a compiler fuses them, only the lookup goes point by point.
+    No shape depends on data.
 
     Dense and hashed levels are computed alike, each from four constants:
     - strides: what a step along x, y, z adds to the index: 1, v, v² if dense, the primes if hashed;
@@ -245,8 +245,8 @@ class HashGrid(nn.Module):
         if pairs_are_complex(x):
             corners = Lookup.apply(self.table, index)
             return torch.view_as_complex(corners), weights, slopes
-        # On a GPU the corners of a point come one after another, since many of them are neighbours
-        # in the table; points one after another would all add to the same entry at once.
+        # The eight corners of a point are looked up together, since many are neighbours in the
+        # table. In the derivative, points one after another would wait to add to the same entry.
         index = index.permute(3, 4, 0, 1, 2).contiguous()  # [levels, N, 2, 2, 2]
         corners = Lookup.apply(self.table, index).permute(2, 3, 4, 0, 1, 5)
         return corners, weights[..., None], slopes[..., None]

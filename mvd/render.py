@@ -167,6 +167,7 @@ def march_rays(occupancy, origins, directions, *, step, jitter):
         solid = depth.clamp(min=0)
         before = solid.cumsum(-1) - solid
         wanted = (depth >= 0) & inside & (before < OPAQUE)
+        # A compiler has no running sum of 16 bits. A ray has a few thousand steps at most.
         counts.append(wanted.cumsum(-1, dtype=torch.int32).to(torch.int16))
     return first, torch.cat(counts)
 
@@ -204,9 +205,9 @@ def select_samples(origins, directions, first, counts, *, step, budget, phase):
     ends = counts[:, -1].cumsum(0, dtype=torch.int32)  # [R]: of the rays up to this one
     n = ends[-1]
     # Over how many steps the slots are spread: n or, if that is more, the budget. Integers are
-    # exact (phase is a multiple of 2^-32, and n < 2^31), and no shape depends on n.
+    # exact (phase is cut to 32 bits, and n < 2^31), and no shape depends on n.
     spread = n.clamp(min=budget).long()
-    offset = (phase * 2**32).long() * spread >> 32
+    offset = ((phase * 2**32).long() * spread) >> 32  # floor(phase · spread)
     slot = torch.arange(budget, device=n.device)
     index = ((slot * spread + offset) // budget).to(torch.int32)
     ray = torch.searchsorted(ends, index, right=True, out_int32=True)
@@ -221,10 +222,11 @@ def select_samples(origins, directions, first, counts, *, step, budget, phase):
     return Samples(ray, position, distance, width)
 
 
-def find_in_row(counts, row, wanted):
-    """Where the rows `row` [S] of counts [R, K], which never fall, reach `wanted` [S]: [S].
+def find_in_row(counts, row, number):
+    """The first k with counts[row, k] >= number, for S pairs of row and number: [S].
 
-    The last place where they do not. By halving: `torch.searchsorted` would copy the rows.
+    counts [R, K]; the last k if there is none. A row never falls, so each turn halves what is left;
+    `torch.searchsorted` would first copy the rows.
     """
     last = counts.shape[1] - 1
     place = torch.zeros_like(row)
@@ -232,7 +234,7 @@ def find_in_row(counts, row, wanted):
     while stride > 1:
         stride //= 2
         further = (place + stride).clamp(max=last)
-        place = torch.where(counts[row, further - 1] < wanted, further, place)
+        place = torch.where(counts[row, further - 1] < number, further, place)
     return place
 
 
@@ -250,7 +252,8 @@ def composite(samples, density, values, ray_count):
 
     samples: Samples of R = ray_count rays; density [S] >= 0; values [S, C]: what a sample shows.
     Returns the weights [S], and the weighted sums over each ray of the values [R, C], of 1 (the
-    opacity) [R], and of the distances [R].
+    opacity) [R], and of the distances [R], all in the number format of density. A ray without
+    samples gets 0.
 
     For the samples of a single ray it is
 

@@ -221,12 +221,11 @@ def distillation_loss(
 ):
     """The distillation loss of rendered latents, and what the model predicts: (loss [], x̂_0).
 
-    kind "x0":  ½ ‖x_0 - sg(x̂_0)‖² / (B·V)                (MVDream eq. 4, guidance rescale)
-    kind "sds": a loss whose gradient is w(t) (ε̂ - ε) / (B·V), w = 1 - ᾱ_t, without rescale
-                                                           (DreamFusion eq. 3)
+    kind "x0":  ½ ‖x_0 - sg(x̂_0)‖² / (B·V), x̂_0 with guidance rescale       (MVDream eq. 4)
+    kind "sds": a loss whose gradient by x_0 is w(t) (ε̂ - ε) / (B·V), w = 1 - ᾱ_t; x̂_0 without
+                                                                      (DreamFusion eq. 3)
     x0 [B, V, c, h, w]: scaled, with gradient; t [B]; context, camera as in `predict_sets`. noise:
-    standard normal like x0; drawn if not given, in the order of a contiguous x0, whatever its
-    layout in memory.
+    standard normal like x0; drawn if not given, as for a contiguous x0. Both results are float32.
     """
     x0 = x0.float().contiguous()
     noise = torch.randn_like(x0) if noise is None else noise

@@ -41,7 +41,10 @@ class TextConfig:
 def tokenizer():
     """CLIP's byte-pair tokenizer, open_clip's: `.encode(text)` -> a list of token numbers."""
     # Only that file is run. All of open_clip, which has networks and trainings, takes seconds.
-    folder = Path(find_spec("open_clip").origin).parent
+    package = find_spec("open_clip")
+    if package is None:
+        raise ModuleNotFoundError("open_clip is missing: pip install -r requirements.txt")
+    folder = Path(package.origin).parent
     spec = spec_from_file_location("open_clip_tokenizer", folder / "tokenizer.py")
     module = module_from_spec(spec)
     spec.loader.exec_module(module)

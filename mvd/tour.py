@@ -253,8 +253,8 @@ def attention(scene, t=200, places=((4, 8), (8, 8), (13, 10))):
         rows.append((torch.cat([asked, answers]), ["the token", *SIDES]))
     return sheet(rows), (
         "A token of the front view (green) looks at the tokens of all views; the more orange, the "
-        "larger its weight softmax(q kᵀ / √d), from the network's own q and k. The crown looks at "
-        f"the crown from every side: {', '.join(others)} of the weight of the rows goes to other "
+        "larger its weight softmax(q kᵀ / √d), from the network's own q and k. A token looks at "
+        f"its own part from every side: {', '.join(others)} of the weight of the rows goes to other "
         "views, which is how the views come to agree."
     )
 

@@ -27,7 +27,11 @@ def agree(found, expected, what, hint="", *, rtol=0.0, atol=1e-5):
     off = np.where(wrong, off, 0)
     place = np.unravel_index(off.argmax(), off.shape)
     at = f" at {[int(i) for i in place]}" if place else ""
-    words = f"{what}: found {found[place]:.6g}, expected {expected[place]:.6g}{at}"
+    numbers = f"found {found[place]:.6g}, expected {expected[place]:.6g}"
+    if f"{found[place]:.6g}" == f"{expected[place]:.6g}":
+        numbers = f"found {found[place]:.6g}, off by {off[place]:.1g}: is something rounded"
+        numbers += " to fewer digits than it was given with"
+    words = f"{what}: {numbers}{at}"
     if found.size > 1:
         words += f"; {wrong.sum()} of {found.size} are off by more than {allowed[place]:.2g}"
         words += pattern(found, expected, off.max() / 100)

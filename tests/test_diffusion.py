@@ -449,6 +449,15 @@ def test_float32_under_autocast_and_from_bfloat16(function, arguments):
         "8 bits, and 1 - ᾱ_0 is 0.00085. Is .float() missing?")
 
 
+@pytest.mark.parametrize("function, arguments", float32_cases()[:-1])
+def test_bfloat16_latents_are_computed_with_in_float32(function, arguments):
+    exact = [a.float() if torch.is_tensor(a) and a.is_floating_point() else a for a in arguments]
+    if isinstance(exact[-1], tuple):
+        exact[-1] = (exact[-1][0].float(), exact[-1][1])
+    agree(function(*arguments), function(*exact), f"{function.__name__} of bfloat16 latents",
+          "Is .float() missing before the first product?", atol=1e-6, rtol=1e-6)
+
+
 def test_schedule_is_a_constant_to_the_compiler():
     """Once it is on the device, a compiled step reads it: it is not made and copied again."""
     graphs = []

@@ -286,8 +286,8 @@ def test_spherical_harmonics_are_orthonormal_and_in_order():
 
 
 def test_spherical_harmonics_begin_with_plus():
-    """30 degrees from the pole, where every P_l^|m| is positive, and at the first crest of cos(m φ),
-    or of sin(|m| φ) for m < 0."""
+    """30 degrees from the pole, where every P_l^|m| is positive, at the first crest of cos(m φ), or
+    of sin(|m| φ) for m < 0."""
     for i, m in enumerate(m for degree in range(4) for m in range(-degree, degree + 1)):
         azimuth = 0.0 if m >= 0 else math.pi / 2 / -m
         polar = math.pi / 6
@@ -295,7 +295,7 @@ def test_spherical_harmonics_begin_with_plus():
             math.sin(polar) * math.cos(azimuth), math.sin(polar) * math.sin(azimuth),
             math.cos(polar)])
         value = spherical_harmonics(d)[i]
-        assert value > 0, f"harmonic {i}, of order {m}, is {value:.3f} on its crest: a sign is wrong"
+        assert value > 0, f"harmonic {i}, of order {m}, is {value:.3f} on its crest: wrong sign"
 
 
 def test_background():

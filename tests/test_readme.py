@@ -105,5 +105,5 @@ def test_a_command_is_understood(command, monkeypatch):
 
 def test_the_commands_are_found():
     names = {command[0] for command in commands()}
-    expected = {"sample", "distill", "train", "dreambooth", "mvd.bench", "mvd.tour", "mvd.exercises"}
+    expected = {"sample", "distill", "train", "dreambooth", "mvd.tour", "mvd.exercises"}
     assert expected <= names, "the README names fewer commands, or the test does not see them"

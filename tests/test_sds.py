@@ -134,7 +134,9 @@ def test_the_loss_is_half_the_square(unet, case):
     )
     expected = 0.5 * ((case["x0"] - x0_hat) ** 2).sum() / 8
     agree(loss, expected, "the loss, ½‖x_0 - x̂_0‖² / (B·V)", rtol=1e-5)
-    assert loss.dtype == x0_hat.dtype == torch.float32, "the loss or x̂_0 is not float32"
+    for name, result in (("loss", loss), ("x̂_0", x0_hat)):
+        assert result.dtype == torch.float32, (
+            f"the {name} of float64 latents is {result.dtype}, not float32")
     assert not x0_hat.requires_grad, "x̂_0 holds a graph: the UNet is not to be differentiated"
 
 

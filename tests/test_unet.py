@@ -320,7 +320,8 @@ def test_the_camera_token_stands_behind_the_text_of_its_own_view(case):
 
 
 def test_unknown_variants_are_refused_in_one_line():
-    with pytest.raises(UserError, match="no attention 'temporal': choose 3d, pixel, view"):
+    known = ", ".join(ATTENTION)
+    with pytest.raises(UserError, match=f"no attention 'temporal': choose {known}"):
         MultiViewUNet(replace(SMALL, attention="temporal"))
     with pytest.raises(UserError, match="no camera 'image': choose time, text, none"):
         MultiViewUNet(replace(SMALL, camera="image"))

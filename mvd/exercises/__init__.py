@@ -7,7 +7,7 @@
     python -m mvd.exercises projects        # three larger projects
 
 A function is written from its docstring, the paper, and what `check` says. `pytest -m exercise
-tests` grades all. Whatever you write is kept: `solution` puts it into `attempts/` first.
+tests` grades all. A function that you wrote is kept: `solution` puts it into `attempts/` first.
 """
 from typing import NamedTuple
 

@@ -43,7 +43,8 @@ def split(file, content, name):
     for part in name.split("."):
         found = [child for child in node.body if getattr(child, "name", None) == part]
         if not found:
-            raise UserError(f"{file} has no {name} any more: `git checkout {file}` brings it back")
+            raise UserError(
+                f"{file} has no {name} any more: copy it back from mvd/exercises/{SOLUTIONS.name}")
         node = found[-1]
     decorators = [decorator.lineno for decorator in node.decorator_list]
     start = min([node.lineno, *decorators]) - 1
@@ -115,11 +116,14 @@ def write(number, content, sources):
 def show_list():
     """Print the exercises, and which are started."""
     for number, exercise in EXERCISES.items():
-        state = set(states(number)[1].values()) - {"ours"}
+        try:
+            state = set(states(number)[1].values()) - {"ours"}
+        except UserError as error:  # one file that is half written does not hide the others
+            state = {str(error)}
         stars = "*" * exercise.level
         what = f"{', '.join(exercise.names)} in {exercise.file}"
-        line = f"{number:2}  {what:<52} {stars:<4}{exercise.minutes:2} min  {' '.join(state)}"
-        print(line.rstrip())
+        line = f"{number:2}  {what:<52} {stars:<4}{exercise.minutes:2} min"
+        print("  ".join([line, *sorted(state)]))
         print(f"    read {exercise.read}")
         print(f"    grade: {COMMAND} check {number}  (pytest {exercise.tests} --exercise {number})")
     print(f"\nBegin with `{COMMAND} start 1`; `projects` shows larger ones. Stars: level, 1 to 3.")
@@ -177,9 +181,11 @@ def check(number):
         print(f"exercise {number}: {' and '.join(missing)} in {file} is not written yet")
         raise SystemExit(1)
     cases = run_tests(number)
-    failed = [case for case in cases if len(case)]
+    if not cases:
+        raise UserError(f"no test of {EXERCISES[number].tests} was run")
+    failed = [case for case in cases if problem_of(case) is not None]
     for case in failed[:SHOWN]:
-        line = f"- {case.get('name')}: {in_words(case[0].text, file)}"
+        line = f"- {case.get('name')}: {in_words(problem_of(case).text, file)}"
         print(textwrap.fill(line, 96, subsequent_indent="  "))
     if failed:
         print(f"exercise {number}: {len(failed)} of {len(cases)} tests fail")
@@ -206,6 +212,12 @@ def run_tests(number):
             said = (run.stderr or run.stdout).strip().splitlines()
             raise UserError(f"the tests cannot run: {said[-1] if said else run.returncode}")
         return list(xml.etree.ElementTree.parse(report).iter("testcase"))
+
+
+def problem_of(case):
+    """The report in a case of pytest's that failed or broke; None if it passed or was skipped."""
+    failure = case.find("failure")
+    return failure if failure is not None else case.find("error")
 
 
 def in_words(problem, file):

@@ -152,7 +152,9 @@ def fetch(huggingface_hub, repository, file):
     """
     try:
         return huggingface_hub.hf_hub_download(repository, file)
-    except RuntimeError:
+    except RuntimeError as error:
+        if "client has been closed" not in str(error):
+            raise OSError(str(error)) from error  # of the transfer, which has no type of its own
         return huggingface_hub.hf_hub_download(repository, file, local_files_only=True)
 
 

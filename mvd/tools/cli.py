@@ -322,11 +322,11 @@ def status_of(function, smaller):
             "then run again (with --resume if there is a checkpoint)"
         )
     except (RuntimeError, MemoryError) as error:
-        full = without_memory(error)
-        if full:
-            instead = ", or --device cpu" if full == "the GPU" else ""
+        exhausted = without_memory(error)
+        if exhausted:
+            instead = ", or --device cpu" if exhausted == "the GPU" else ""
             return fail(
-                f"{full} has no memory left; close other programs that use it, or try "
+                f"{exhausted} has no memory left; close other programs that use it, or try "
                 f"{smaller}{instead}"
             )
         # PyTorch raises it wherever the main program is, when a process that reads has died.

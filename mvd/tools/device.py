@@ -111,12 +111,14 @@ def without_memory(error):
     """
     while error is not None:
         words = str(error).lower()
-        plain = isinstance(error, RuntimeError)
-        if isinstance(error, MemoryError) or plain and any(s in words for s in COMPUTER_IS_FULL):
+        runtime = isinstance(error, RuntimeError)
+        if isinstance(error, MemoryError):
+            return "the computer"
+        if runtime and any(s in words for s in COMPUTER_IS_FULL):
             return "the computer"
         if isinstance(error, torch.cuda.OutOfMemoryError):
             return "the GPU"
-        if plain and any(s in words for s in GPU_IS_FULL):
+        if runtime and any(s in words for s in GPU_IS_FULL):
             return "the GPU"
         error = error.__cause__ or error.__context__
     return None

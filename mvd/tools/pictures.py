@@ -42,12 +42,10 @@ def to_pil(image):
     return Image.fromarray(pixels.contiguous().numpy())
 
 
-def check_numbers(images):
+def check_numbers(images, advice="its weights may be damaged"):
     """Raise UserError if pictures that a model drew are NaN, which would be shown as black."""
     if images.isnan().any():
-        raise UserError(
-            "the model's pictures are not numbers (NaN): try --dtype float32 or a lower "
-            "--guidance; if that does not help, its weights are damaged")
+        raise UserError(f"the model's pictures are not numbers (NaN): {advice}")
 
 
 def save_png(path, image):
