@@ -188,7 +188,7 @@ def test_files_from_before_there_was_v_predict_noise(model, tmp_path):
     assert header["unet"].pop("prediction") == "v"
     write_safetensors(path, tensors, {"mvd": json.dumps(header)})
     assert MVDream.load(path).unet.prediction == "eps"
-    header["unet"]["prediction"] = "x0"
+    header["unet"]["prediction"] = "score"
     write_safetensors(path, tensors, {"mvd": json.dumps(header)})
-    with pytest.raises(UserError, match="no prediction 'x0': choose eps, v"):
+    with pytest.raises(UserError, match="no prediction 'score': choose eps, v"):
         MVDream.load(path)
