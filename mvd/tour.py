@@ -1,6 +1,6 @@
 """The method in nine steps, each a few lines, a picture and what it shows.
 
-    python -m mvd.tour                     # all of them: two minutes on two CPU cores
+    python -m mvd.tour                     # all of them: a minute on two CPU cores
     python -m mvd.tour --step 5            # one alone
 
 It writes runs/tour/index.html, one page with the pictures, the words and the code of every step.
