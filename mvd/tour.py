@@ -33,7 +33,6 @@ from .model import MVDream
 from .tools import cli, page, run
 from .tools.cli import setting
 from .tools.device import choose_device
-from .tools.files import write_atomic
 from .tools.pictures import grid, save_png, to_pil
 
 # Eight time steps from almost clean to almost nothing but noise.
@@ -254,8 +253,8 @@ def attention(scene, t=200, places=((4, 8), (8, 8), (13, 10))):
     return sheet(rows), (
         "A token of the front view (green) looks at the tokens of all views; the more orange, the "
         "larger its weight softmax(q kᵀ / √d), from the network's own q and k. A token looks at "
-        f"its own part from every side: {', '.join(others)} of the weight of the rows goes to other "
-        "views, which is how the views come to agree."
+        f"its own part from every side: {', '.join(others)} of the weight of the rows goes to "
+        "other views, which is how the views come to agree."
     )
 
 
@@ -473,28 +472,13 @@ def section(step, picture, words):
     )
 
 
-def write_tour(out, scene, sections, settings, live):
-    """Write index.html into the folder `out`. live: is the tour under way?"""
-    rows = []
-    for name, value in settings.items():
-        rows.append(f"<tr><td>{name}</td><td>{html.escape(str(value))}</td></tr>")
-    content = page.PAGE.substitute(
-        title=html.escape(f"A tour of MVDream: {scene.prompt}"),
-        status=html.escape(STATUS),
-        reload=page.RELOAD if live else "",
-        turntable="",
-        figures="\n".join(sections),
-        settings="\n".join(rows),
-    )
-    write_atomic(out / "index.html", content.encode())
-
-
 def main(argv=None):
     """The command: take the steps, and write the page after each. Raises UserError."""
     s = cli.parse(TourSettings, argv, __doc__)
     scene = set_scene(device=choose_device(s.device))
     out = run.open_run(s.out, asdict(s), resume=False, default="runs/tour")
     steps = [STEPS[s.step - 1]] if s.step else STEPS
+    title = f"A tour of MVDream: {scene.prompt}"
     sections = []
     with run.starting(out):
         bar = tqdm(steps, unit="step")
@@ -508,7 +492,7 @@ def main(argv=None):
             save_png(file, picture)
             sections.append(section(step, file, words))
             live = len(sections) < len(steps)
-            write_tour(out, scene, sections, asdict(s), live)
+            page.fill_page(out, title, STATUS, asdict(s), sections, live=live)
             run.log(out / "log.jsonl", step=number, seconds=time.time() - begin)
     print(f"open {out / 'index.html'}")
 

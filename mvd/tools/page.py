@@ -255,6 +255,12 @@ def write_page(out, title, status, settings, figures, *, frames=None, live=False
         shown = chart(content) if isinstance(content, dict) else images(content)
         if shown:
             parts.append(f"<h2>{html.escape(heading)}</h2>\n{shown}")
+    turning = "" if frames is None else turntable(frames)
+    fill_page(out, title, status, settings, parts, turning=turning, live=live)
+
+
+def fill_page(out, title, status, settings, sections, *, turning="", live=False):
+    """Write index.html as `write_page`, from HTML: sections, a list, and the turntable's, or ""."""
     rows = []
     for name, value in settings.items():
         name = html.escape(name)
@@ -264,8 +270,8 @@ def write_page(out, title, status, settings, figures, *, frames=None, live=False
         title=html.escape(title),
         status=html.escape(status),
         reload=RELOAD if live else "",
-        turntable="" if frames is None else turntable(frames),
-        figures="\n".join(parts),
+        turntable=turning,
+        figures="\n".join(sections),
         settings="\n".join(rows))
     # A flag may hold bytes that are not text, which UTF-8 cannot encode: they become "?".
     write_atomic(out / "index.html", page.encode(errors="replace"))
