@@ -162,6 +162,17 @@ def is_plumbing(node):
     return isinstance(node, ast.Call) and called(node) in ("warn", "print", "UserError")
 
 
+# What stands in place of an operator: its kind of change, the operator, the other.
+INSTEAD = {
+    ast.Add: ("sign", "+", "-"),
+    ast.Sub: ("sign", "-", "+"),
+    ast.Mult: ("factor", "*", "/"),
+    ast.Div: ("factor", "/", "*"),
+    ast.FloorDiv: ("factor", "//", "%"),
+    ast.Mod: ("factor", "%", "//"),
+}
+
+
 class Changes:
     """Collects the changes of one file's source: (kind, start, end, new text)."""
 
@@ -227,18 +238,9 @@ class Changes:
             return
         if isinstance(op, ast.Pow) and number(right) == 2:
             self.even.add(left)
-        if isinstance(op, ast.Add):
-            self.between("sign", left, right, "+", "-")
-        if isinstance(op, ast.Sub):
-            self.between("sign", left, right, "-", "+")
-        if isinstance(op, ast.Mult):
-            self.between("factor", left, right, "*", "/")
-        if isinstance(op, ast.Div):
-            self.between("factor", left, right, "/", "*")
-        if isinstance(op, ast.FloorDiv):
-            self.between("factor", left, right, "//", "%")
-        if isinstance(op, ast.Mod):
-            self.between("factor", left, right, "%", "//")
+        if type(op) in INSTEAD:
+            kind, symbol, other = INSTEAD[type(op)]
+            self.between(kind, left, right, symbol, other)
         if isinstance(op, (ast.Mult, ast.Div)):
             self.forget_factor(node)
         if isinstance(op, (ast.Sub, ast.Div, ast.MatMult)) and node not in self.even:
