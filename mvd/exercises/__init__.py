@@ -9,6 +9,7 @@
 A function is written from its docstring, the paper, and what `check` says. `pytest -m exercise
 tests` grades all. A function that you wrote is kept: `solution` puts it into `attempts/` first.
 """
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -19,58 +20,73 @@ class Exercise(NamedTuple):
     read: str       # paper and place
     level: int      # 1 to 3
     minutes: int    # our guess, for someone who knows PyTorch and reads the place first
-    tests: str      # the file of the tests that grade it: those marked exercise(number)
 
-
-DIFFUSION = "mvd/diffusion.py", "tests/test_diffusion.py"
-CAMERAS = "mvd/cameras.py", "tests/test_cameras.py"
-
-
-def exercise(files, names, read, level, minutes):
-    """An Exercise. files: (file, tests)."""
-    file, tests = files
-    return Exercise(file, tuple(names.split()), read, level, minutes, tests)
+    @property
+    def tests(self):
+        """The file of the tests that grade it: those marked exercise(number)."""
+        return f"tests/test_{Path(self.file).stem}.py"
 
 
 # By number, from 1 on.
 EXERCISES = dict(enumerate([
-    exercise(DIFFUSION, "q_sample", "DDPM (Ho et al. 2020) §2, eq. 4", 1, 10),
-    exercise(DIFFUSION, "solve_x0", "DDPM §4.3, eq. 15: eq. 4 solved for x0", 1, 10),
-    exercise(DIFFUSION, "ddim_step", "DDIM (Song et al. 2021) §4.1, eq. 12; §5, eq. 16", 2, 30),
-    exercise(DIFFUSION, "ddpm_step", "DDPM §2, eq. 6 and 7", 2, 40),
-    exercise(
-        DIFFUSION, "guide rescale",
+    Exercise(
+        "mvd/diffusion.py", ("q_sample",),
+        "DDPM (Ho et al. 2020) §2, eq. 4", 1, 10,
+    ),
+    Exercise(
+        "mvd/diffusion.py", ("solve_x0",),
+        "DDPM §4.3, eq. 15: eq. 4 solved for x0", 1, 10,
+    ),
+    Exercise(
+        "mvd/diffusion.py", ("ddim_step",),
+        "DDIM (Song et al. 2021) §4.1, eq. 12; §5, eq. 16", 2, 30,
+    ),
+    Exercise(
+        "mvd/diffusion.py", ("ddpm_step",),
+        "DDPM §2, eq. 6 and 7", 2, 40,
+    ),
+    Exercise(
+        "mvd/diffusion.py", ("guide", "rescale"),
         "Ho & Salimans 2022 §3.2; Lin et al. 2023 §3.4, eq. 15 and 16", 1, 20,
     ),
-    exercise(CAMERAS, "orbit rays", "the picture at the top of the file; NeRF §4", 2, 60),
-    exercise(CAMERAS, "extrinsics", "MVDream §3.1, camera embeddings", 1, 15),
-    exercise(
-        ("mvd/unet.py", "tests/test_unet.py"), "MultiViewTransformer.forward",
+    Exercise(
+        "mvd/cameras.py", ("orbit", "rays"),
+        "the picture at the top of the file; NeRF §4", 2, 60,
+    ),
+    Exercise(
+        "mvd/cameras.py", ("extrinsics",),
+        "MVDream §3.1, camera embeddings", 1, 15,
+    ),
+    Exercise(
+        "mvd/unet.py", ("MultiViewTransformer.forward",),
         "MVDream §3.1, figure 3; the top of the file, and __init__ of the class", 3, 60,
     ),
-    exercise(
-        ("mvd/hashgrid.py", "tests/test_hashgrid.py"), "encode_plainly",
+    Exercise(
+        "mvd/hashgrid.py", ("encode_plainly",),
         "Instant NGP (Müller et al. 2022) §3, eq. 4; `levels_of` above it", 3, 60,
     ),
-    exercise(
-        ("mvd/render.py", "tests/test_render.py"), "composite", "NeRF §4, eq. 3", 3, 60,
+    Exercise(
+        "mvd/render.py", ("composite",),
+        "NeRF §4, eq. 3", 3, 60,
     ),
-    exercise(
-        ("mvd/nerf.py", "tests/test_nerf.py"), "NeRF.geometry",
+    Exercise(
+        "mvd/nerf.py", ("NeRF.geometry",),
         "DreamFusion §3.2 (normals); the chain rule in its docstring", 3, 60,
     ),
-    exercise(
-        ("mvd/sds.py", "tests/test_sds.py"), "distillation_loss",
+    Exercise(
+        "mvd/sds.py", ("distillation_loss",),
         "MVDream §3.2, eq. 4; DreamFusion §3, eq. 3", 2, 45,
     ),
-    exercise(
-        ("mvd/sds.py", "tests/test_sds.py"), "draw_cameras", "MVDream, appendix (cameras)", 2, 30,
+    Exercise(
+        "mvd/sds.py", ("draw_cameras",),
+        "MVDream, appendix (cameras)", 2, 30,
     ),
-    exercise(
-        ("mvd/mesh.py", "tests/test_mesh.py"), "marching_tetrahedra",
+    Exercise(
+        "mvd/mesh.py", ("marching_tetrahedra",),
         "Doi & Koide 1991; the helpers above it", 3, 90,
     ),
-    exercise(
-        ("dreambooth.py", "tests/test_dreambooth.py"), "preserve", "MVDream §3.3", 2, 30,
+    Exercise(
+        "dreambooth.py", ("preserve",),
+        "MVDream §3.3", 2, 30,
     ),
 ], start=1))
