@@ -293,7 +293,7 @@ class FineTuning:
     def adapt(self, measured):
         """Choose the next loss scale. measured: what `step` returns.
 
-        A gradient that the scale alone made too large is none, and no reason to stop.
+        A gradient that only the scale made too large is reported as 0: that is no reason to stop.
         """
         overflow = self.skip * (self.rounded.scale > 1)
         measured[5].masked_fill_(overflow > 0, 0)

@@ -2,11 +2,11 @@
 import os
 import sys
 
-from .tools.threads import sleep_while_waiting
+from .tools.threads import spin_then_sleep
 
 # Before anything imports torch: how its threads wait; and on a GPU, memory in pieces that grow,
 # since a run's stages want pieces of different sizes.
-sleep_while_waiting()
+spin_then_sleep()
 if sys.platform == "linux" and "PYTORCH_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 

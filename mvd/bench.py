@@ -428,12 +428,12 @@ def describe(device, dtype, flops_per_s, bytes_per_s, seconds):
 
 
 def read_before(path):
-    """{part: milliseconds} of an earlier --out. Raises UserError if it is none."""
+    """{part: milliseconds} of an earlier --out. Raises UserError for another file."""
     try:
         lines = [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
         return {line["part"]: line["ms"] for line in lines if "note" not in line}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no output of bench's --out ({error})") from error
+        raise UserError(f"{path} was not written by bench --out ({error})") from error
 
 
 def part_rows(m, s, counts, speed, notes):

@@ -133,7 +133,7 @@ def noise(scene, times=TIMES):
     t = torch.tensor(times, device=scene.x0.device)
     x0 = scene.x0.expand(len(t), -1, -1, -1, -1)  # [8, V, c, h, w]
     x_t = diffusion.q_sample(x0, t, torch.randn_like(x0))
-    picture = sheet([(look(scene, x_t[:, 0]), [f"t = {time}" for time in times])])
+    picture = sheet([(look(scene, x_t[:, 0]), [f"t = {t}" for t in times])])
     left = diffusion.alphas_cumprod()[times[-1]].item()
     return picture, (
         "In training, noise is added to the latents of a picture, more of it the larger the time "
@@ -153,7 +153,7 @@ def prediction(scene, times=TIMES):
     eps = diffusion.predict_noise(scene.model.unet, x_t, t, context, camera)
     x0_hat = diffusion.predict_x0(x_t, t, eps)
     picture = sheet([
-        (look(scene, x_t[:, 0]), [f"x_t, t = {time}" for time in times]),
+        (look(scene, x_t[:, 0]), [f"x_t, t = {t}" for t in times]),
         (look(scene, x0_hat[:, 0]), ["predicted x0"] * len(t)),
     ])
     return picture, (

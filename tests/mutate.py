@@ -653,8 +653,9 @@ def files_of(module):
 
 
 def state_of(file, tests):
-    """A short hash of a module and of the test files: results of other versions do not count."""
-    text = b"".join((ROOT / path).read_bytes() for path in [file, *tests])
+    """A short hash of a module, its tests and what these share: other versions' results are out."""
+    shared = ["tests/agree.py", "tests/conftest.py"]
+    text = b"".join((ROOT / path).read_bytes() for path in [file, *tests, *shared])
     return hashlib.sha256(text).hexdigest()[:12]
 
 

@@ -146,7 +146,7 @@ def test_what_is_no_output_is_told(start, content, tmp_path, capsys):
     if content:
         path.write_bytes(content)
     assert start("--against", str(path)) == 2
-    assert "is no output of bench's --out" in capsys.readouterr().err
+    assert "was not written by bench --out" in capsys.readouterr().err
 
 
 def test_the_share_of_used_slots(model_file):

@@ -141,7 +141,7 @@ def test_a_run_whose_pictures_or_words_are_not_ours_is_refused(name, value, tmp_
         if stage == "good":
             assert command.read_run(tmp_path).prompt == "a red bulldog"
             (config if name in config else tensors)[name] = value
-    with pytest.raises(UserError, match="is no finished run of distill.py"):
+    with pytest.raises(UserError, match="is not a finished run of distill.py"):
         command.read_run(tmp_path)
 
 
@@ -169,5 +169,5 @@ def test_a_run_that_is_not_of_the_toy_world(monkeypatch, capsys, tmp_path):
 
     (run / "views.safetensors").unlink()
     (run / "config.json").write_text("{")
-    with pytest.raises(UserError, match="no finished run"):
+    with pytest.raises(UserError, match="not a finished run"):
         run_main(monkeypatch, capsys, str(run))

@@ -17,14 +17,14 @@ SCRIPTS = ["train.py", "sample.py", "distill.py", "dreambooth.py"]
 def test_threads_sleep_while_they_wait(monkeypatch):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
-    threads.sleep_while_waiting()
+    threads.spin_then_sleep()
     assert os.environ["OMP_WAIT_POLICY"] == "passive"
     assert 100 <= int(os.environ["GOMP_SPINCOUNT"]) <= 5000, "they spin too long, or never"
 
 
 def test_what_the_user_says_counts(monkeypatch):
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    threads.sleep_while_waiting()
+    threads.spin_then_sleep()
     assert os.environ["OMP_WAIT_POLICY"] == "active"
 
 

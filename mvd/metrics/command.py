@@ -168,11 +168,11 @@ def read_run(folder):
         config = json.loads((Path(folder) / "config.json").read_bytes())
         prompt, mode = config["prompt"], config.get("mode", "3d")
         if not isinstance(prompt, str) or not isinstance(mode, str):
-            raise ValueError("its prompt or mode is no text")
+            raise ValueError("its prompt or mode is not text")
         cameras, views = read_views(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{folder} is no finished run of distill.py ({error}): "
+            f"{folder} is not a finished run of distill.py ({error}): "
             "name only folders that hold views.safetensors")
     return Run(folder, prompt, mode, cameras, views)
 

@@ -106,7 +106,7 @@ def begins_as_picture(path):
 def open_picture(content):
     """A Pillow picture of the bytes `content`, checked by its header but not decoded yet.
 
-    Raises BadMember if it is no picture or too large.
+    Raises BadMember if it is not a picture, or too large.
     """
     if not content:
         raise BadMember("the file is empty")
@@ -295,7 +295,7 @@ def subject_of(picture):
     inside = np.asarray(seen)[border:-border, border:-border]
     if np.count_nonzero(inside == 0) <= LEAST_CLEAR * inside.size:
         return None
-    # Among its neighbours a speck is none.
+    # A single speck does not count: the median with its neighbours removes it.
     box = seen.filter(ImageFilter.MedianFilter(3)).getbbox() or seen.getbbox()
     left, top, right, bottom = [side * edge for edge in box]
     return left, top, min(right, picture.width), min(bottom, picture.height)
@@ -347,7 +347,7 @@ def open_photo(file, size):
 def may_be_photo(path):
     """Whether a file has the name of a picture, or is one.
 
-    What is no file is none: a folder, or a pipe, which would be waited for. A broken link is named.
+    A folder or a pipe is not: reading a pipe would wait for ever. A broken link may be: it is named.
     """
     if path.name.startswith(".") or (os.path.exists(path) and not os.path.isfile(path)):
         return False

@@ -9,8 +9,8 @@ so mvd/__init__.py imports this first, and every script mvd first.
 import os
 
 
-def sleep_while_waiting():
-    """Let threads sleep while they wait, unless the environment says what they do."""
+def spin_then_sleep():
+    """Waiting threads spin for a moment, then sleep, unless the environment says otherwise."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "passive"
         # Turns of an empty loop: some microseconds.
