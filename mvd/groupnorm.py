@@ -2,9 +2,9 @@
 
 Why not PyTorch's kernel alone? It wants the pixels of a channel side by side in memory, while the
 fast convolutions of a GPU want the channels of a pixel side by side: every picture would be copied
-twice per norm. But to normalise is an affine map per channel, y = scale · (x - mean) + bias, and
-its numbers follow from two sums per channel, of x and of x². Written out like that, a compiler
-makes two sums and one fused pass of it, in any memory layout.
+twice per norm. But to normalise is an affine map per channel, y = scale · x + shift, and its two
+numbers follow from two sums per channel, of x and of x². Written out like that, a compiler makes
+two sums and one fused pass of it, in any memory layout.
 """
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,7 @@ class GroupNorm(nn.GroupNorm):
         variance = within.mean(2, keepdim=True) + between.mean(2, keepdim=True)
 
         weight = self.weight.float().unflatten(0, by_group)
-        scale = weight * torch.rsqrt(variance + self.eps)
-        mean = mean.expand_as(scale).flatten(1)[..., None, None]
-        scale = scale.flatten(1)[..., None, None]  # [N, C, 1, 1]
-        return (x - mean) * scale + self.bias.float()[:, None, None]
+        bias = self.bias.float().unflatten(0, by_group)
+        scale = weight * torch.rsqrt(variance + self.eps)  # [N, groups, C / groups]
+        shift = bias - mean * scale
+        return x * scale.flatten(1)[..., None, None] + shift.flatten(1)[..., None, None]
