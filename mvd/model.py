@@ -28,6 +28,11 @@ LAYOUTS = {"mvd": "our", "mvdream": "MVDream's", "diffusers": "diffusers'"}
 STABLE_DIFFUSION_SIZE = {"eps": 512, "v": 768}
 
 
+# Of torch.compile: what several kernels read, such as a normalised picture, each of them computes
+# anew, up to so many reads and operations. The default stores it, and a GPU waits for its memory.
+RECOMPUTE = {"realize_reads_threshold": 16, "realize_opcount_threshold": 200}
+
+
 # ---- reading a file --------------------------------------------------------------------------
 
 def find_file(name):
@@ -271,7 +276,7 @@ class MVDream(nn.Module):
         """
         self.to(memory_format=torch.channels_last)
         for network in (self.unet, self.vae.encoder, self.vae.decoder):
-            network.compile(dynamic=False)
+            network.compile(dynamic=False, options=RECOMPUTE)
 
     # ---- prompts, images, latents ----
 

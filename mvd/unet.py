@@ -100,10 +100,16 @@ def zero_camera_mlp(config):
 # ---- convolutions ----------------------------------------------------------------------------
 
 class Conv2d(nn.Conv2d):
-    """A convolution that takes any number format and computes in that of its weights."""
+    """A convolution that takes any number format and computes in that of its weights.
+
+    Where it is compiled, the bias is added apart: the compiler fuses that into what reads the sum.
+    """
 
     def forward(self, x):
-        return super().forward(x.to(self.weight.dtype))
+        x = x.to(self.weight.dtype)
+        if not torch.compiler.is_compiling():
+            return super().forward(x)
+        return self._conv_forward(x, self.weight, None) + self.bias[:, None, None]
 
 
 class ResidualConv(Conv2d):
