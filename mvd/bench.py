@@ -211,7 +211,8 @@ def field_part(s, distillation, stage):
 def network_parts(m, views):
     """UNet and autoencoder, for one set of views."""
     device, size = m.device, m.config.size
-    images = torch.rand(1, views, 3, size, size, device=device, requires_grad=True)
+    # In memory they lie as a rendering does: channels last.
+    images = torch.rand(1, views, size, size, 3, device=device).movedim(-1, -3).requires_grad_()
     with torch.no_grad():
         z = m.encode(2 * images - 1).float()  # [1, V, c, h, w]
         context = m.embed(["", ""])  # [2, L, D]

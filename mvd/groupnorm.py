@@ -29,20 +29,30 @@ class GroupNorm(nn.GroupNorm):
     def written_out(self, x):
         """The same as sums and one affine map: x [N, C, h, w] float32 -> [N, C, h, w].
 
-        Rule: the variance E[a²] - E[a]² is taken of a = x - (the group's first number), so that the
-        squares of a large mean do not swallow a small variance.
-        """
-        x = x.unflatten(1, (self.num_groups, -1))  # [N, groups, C / groups, h, w]
-        first = x[:, :, :1, :1, :1].detach()
-        away = x - first
-        # Channel by channel, then over the channels of a group: the order of channels last.
-        offset = away.mean((3, 4), keepdim=True).mean(2, keepdim=True)  # [N, groups, 1, 1, 1]
-        square = (away * away).mean((3, 4), keepdim=True).mean(2, keepdim=True)
-        variance = (square - offset * offset).clamp(min=0)
+        With the mean m and the variance v of each channel, a group of channels has
 
-        by_channel = (self.num_groups, -1, 1, 1)
-        weight = self.weight.float().view(by_channel)
-        bias = self.bias.float().view(by_channel)
-        scale = weight * torch.rsqrt(variance + self.eps)  # [N, groups, C / groups, 1, 1]
-        shift = bias - (first + offset) * scale
-        return (x * scale + shift).flatten(1, 2)
+            mean = E[m],    variance = E[v] + E[(m - mean)²],
+
+        the variance within the channels plus that between them. Rule: v = E[a²] - E[a]² is taken of
+        a = x - (the channel's first pixel), so that the squares of a large mean do not swallow a
+        small variance.
+        """
+        first = x[:, :, :1, :1].detach()
+        away = x - first
+        offset = away.mean((2, 3))  # [N, C]
+        square = (away * away).mean((2, 3))
+        channel_mean = first[..., 0, 0] + offset
+        within = (square - offset * offset).clamp(min=0)
+
+        by_group = (self.num_groups, -1)
+        channel_mean = channel_mean.unflatten(1, by_group)  # [N, groups, C / groups]
+        within = within.unflatten(1, by_group)
+        mean = channel_mean.mean(2, keepdim=True)  # [N, groups, 1]
+        between = (channel_mean - mean).square()
+        variance = within.mean(2, keepdim=True) + between.mean(2, keepdim=True)
+
+        weight = self.weight.float().unflatten(0, by_group)
+        bias = self.bias.float().unflatten(0, by_group)
+        scale = weight * torch.rsqrt(variance + self.eps)  # [N, groups, C / groups]
+        shift = bias - mean * scale
+        return x * scale.flatten(1)[..., None, None] + shift.flatten(1)[..., None, None]

@@ -11,7 +11,7 @@ import torch
 from mvd import MVDream, cameras
 from mvd.tools.errors import UserError
 from mvd.tools.files import read_safetensors, write_safetensors
-from mvd.model import PRESETS, read_config
+from mvd.model import FUSION, PRESETS, read_config
 from mvd.tools.vocabulary import IDENTIFIERS
 
 
@@ -269,3 +269,8 @@ def test_the_shipped_model_is_small_complete_and_up_to_date():
     assert (
         colour[0][0] > colour[0][2] + 0.2 and colour[1][2] > colour[1][0] + 0.1
     )  # it has learned something
+
+
+def test_torch_knows_the_options_of_the_compiler():
+    """A version that renames one would end a run when it begins to compile."""
+    torch.compile(torch.sin, dynamic=False, options=FUSION)
