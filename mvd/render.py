@@ -22,6 +22,7 @@ from .cameras import rays
 
 DIAGONAL = 2 * math.sqrt(3)     # of the box [-1, 1]³: the longest way through it
 OPAQUE = -math.log(1e-4)        # optical depth after which 1e-4 of the light is left: a ray ends
+SCATTER = (1, 20011, 35533)     # multiples of these, modulo 65536, lie evenly in a cube
 AT_ONCE = 1 << 25               # steps that are looked up in one go: 128 MiB per operation
 
 
@@ -107,7 +108,7 @@ class OccupancyGrid(nn.Module):
 
 @dataclass
 class Samples:
-    """S slots, sorted by ray and by distance. Unused slots lie at the end and have width 0."""
+    """S slots, sorted by ray and by distance. Unused slots come last, anywhere, with width 0."""
     ray: torch.Tensor       # [S] number of the ray
     position: torch.Tensor  # [S, 3]
     distance: torch.Tensor  # [S] from the ray's origin
@@ -219,6 +220,10 @@ def select_samples(origins, directions, first, counts, *, step, budget, phase):
     position = torch.addcmul(origins[ray], directions[ray], distance[:, None])
     used = index < n
     width = used * (spread / budget * step).to(distance.dtype)
+    # Slots that are left lie all over the box. At one point they would wait for each other to add
+    # nothing to the same entries of a hash grid.
+    anywhere = torch.stack([slot * k % 65536 for k in SCATTER], -1) / 32768 - 1
+    position = torch.where(used[:, None], position, anywhere.to(position.dtype))
     return Samples(ray, position, distance, width)
 
 

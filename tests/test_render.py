@@ -247,10 +247,23 @@ def test_selection_gives_every_step_a_slot():
     agree(s.ray[:n], ray, "the ray of each slot", atol=0)
     agree(s.distance[:n], first[ray] + k * 0.1, "the distance of each slot", atol=1e-6)
     position = origins[s.ray] + directions[s.ray] * s.distance[:, None]
-    agree(s.position, position, "the position of each slot", atol=1e-6)
+    agree(s.position[:n], position[:n], "the position of each slot", atol=1e-6)
     agree(s.width[:n], 0.1, "the width of each slot", atol=1e-6)
     assert (s.width[n:] == 0).all(), "a slot that is left weighs something"
     assert (s.ray.diff() >= 0).all(), "the slots are not sorted by ray"
+
+
+def test_slots_that_are_left_lie_all_over_the_box():
+    """On a GPU, points that lie together wait for each other to add to the same entries."""
+    marched, wanted = steps_to_choose_from()
+    n = int(wanted.sum())
+    s = select_samples(*marched, step=0.1, budget=n + 5000, phase=torch.tensor(0.3))
+    left = s.position[n:]
+    assert left.abs().max() <= 1, "a slot lies outside the box"
+    i, j, k = ((left + 1) * 4).long().clamp(max=7).T  # 512 cells, ten slots for each
+    count = torch.bincount((i * 8 + j) * 8 + k, minlength=512)
+    assert count.max() < 30, f"{count.max()} of {len(left)} slots lie in one of 512 cells"
+    assert (s.width[n:] == 0).all(), "a slot that is left weighs something"
 
 
 @pytest.mark.parametrize("width", [1, 2, 7, 8, 9, 64, 100])
