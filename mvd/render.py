@@ -22,7 +22,7 @@ from .cameras import rays
 
 DIAGONAL = 2 * math.sqrt(3)     # of the box [-1, 1]³: the longest way through it
 OPAQUE = -math.log(1e-4)        # optical depth after which 1e-4 of the light is left: a ray ends
-SCATTER = (1, 20011, 35533)     # multiples of these, modulo 65536, lie evenly in a cube
+SCATTER = (53685, 43977, 36025)  # multiples of these, modulo 65536, lie evenly in a cube
 AT_ONCE = 1 << 25               # steps that are looked up in one go: 128 MiB per operation
 
 
