@@ -360,6 +360,8 @@ def main(argv=None):
     model = MVDream.load(s.model, device, dtype)
     context = embed(s, model)
     model.text = None  # its work is done, and at full size it takes 0.7 GiB
+    # The channels of a pixel side by side: on a CPU a sixth less time for each step's encoding.
+    model.vae.to(memory_format=torch.channels_last)
     default = f"runs/{run.slug(s.prompt)}{'-2d' if s.mode == '2d' else ''}"
     out = run.open_run(s.out, asdict(s), s.resume, default, MAY_CHANGE)
     with run.starting(out):

@@ -425,8 +425,8 @@ def show_samples(model, s, out, prompts, step):
     with_v, without_v = prompts
     device = model.device
     set_aside(model, s, device)
-    rows = [*model.sample([with_v, without_v], steps=25, seed=s.seed)]
-    rows.append(model.sample(with_v, steps=25, seed=s.seed, mode="2d")[0])
+    rows = [*model.sample([with_v, without_v], seed=s.seed)]
+    rows.append(model.sample(with_v, seed=s.seed, mode="2d")[0])
     set_aside(model, s, "cpu")
     picture = out / "progress" / f"samples_{step:06d}.png"
     save_png(picture, grid(torch.cat(rows), len(rows[0])))

@@ -56,11 +56,11 @@ class SampleSettings:
     negative: str = setting("", "negative prompt")
     guidance: float = setting(10.0, "guidance scale", min=0)
     rescale: float = setting(0.0, "guidance rescale", min=0, max=1)
-    steps: int = setting(50, "denoising steps", min=1, max=1000)
+    steps: int = setting(25, "denoising steps", min=1, max=1000)
     sampler: str = setting(
-        "ddim", "dpm++ needs the fewest steps, ddpm the most", choices=SAMPLERS
+        "dpm++", "dpm++ needs the fewest steps; ddim twice as many; ddpm the most", choices=SAMPLERS
     )
-    eta: float = setting(0.0, "noise that DDIM adds back", min=0, max=1)
+    eta: float = setting(0.0, "noise that --sampler ddim adds back", min=0, max=1)
     seed: int = setting(0, "of the noise", min=0)
     device: str = setting("auto", "cuda, cpu, or mps (untested); auto: cuda, else cpu")
     dtype: str = setting(
@@ -137,6 +137,8 @@ def main(argv=None):
         raise UserError(
             'the prompt is empty: say what to draw, for example "a bulldog wearing a crown"'
         )
+    if s.eta and s.sampler != "ddim":
+        raise UserError(f"--eta needs --sampler ddim: {s.sampler} has no such noise")
     folders = view_folders(s)
     out = picture_file(s)
     device = choose_device(s.device)

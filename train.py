@@ -571,8 +571,8 @@ class Training:
         loss = self.validation()
         if loss is not None:
             run.log(self.out / "log.jsonl", phase="unet", step=step, validation=loss)
-        sets = self.model.sample(self.prompts, views=s.views, steps=25, seed=s.seed)
-        singles = self.model.sample(self.prompts, steps=25, seed=s.seed, views=1, mode="2d")
+        sets = self.model.sample(self.prompts, views=s.views, seed=s.seed)
+        singles = self.model.sample(self.prompts, seed=s.seed, views=1, mode="2d")
         pictures = torch.cat([sets, singles], 1).flatten(0, 1)
         path = self.out / "progress" / f"samples_{step:06d}.png"
         save_png(path, grid(pictures, 2 * (s.views + 1)))

@@ -16,7 +16,7 @@ from .tools.errors import UserError
 
 NUM_TIMESTEPS = 1000
 # What `sampling_steps` knows.
-SAMPLERS = ("ddim", "ddpm", "dpm++")
+SAMPLERS = ("dpm++", "ddim", "ddpm")
 
 
 # ---- the noise schedule ----------------------------------------------------------------------
@@ -237,10 +237,13 @@ def sampling_steps(
 
     eps_fn(x_t, t) -> the predicted noise, guided already, with t [B] int64. sampler: "ddim" (with
     its eta), "ddpm" or "dpm++". Noise is drawn where the generator lives, then moved to the device
-    (by default the same). Raises UserError for steps outside 1..1000 and for an unknown sampler.
+    (by default the same). Raises UserError for steps outside 1..1000, an unknown sampler, and an
+    eta that it has no use for.
     """
     if sampler not in SAMPLERS:
         raise UserError(f'unknown sampler "{sampler}": choose one of {", ".join(SAMPLERS)}')
+    if eta and sampler != "ddim":
+        raise UserError(f'eta is the noise that DDIM adds back, and the sampler is "{sampler}"')
     generator = generator or torch.default_generator
     device = device or generator.device
 

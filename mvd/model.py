@@ -312,8 +312,8 @@ class MVDream(nn.Module):
 
     @torch.no_grad()
     def sample(
-        self, prompt, negative=None, *, views=cameras.VIEWS, steps=50, guidance=None, rescale=0.0,
-        elevation=15.0, azimuth=0.0, span=360.0, seed=0, sampler="ddim", eta=0.0, mode="3d",
+        self, prompt, negative=None, *, views=cameras.VIEWS, steps=25, guidance=None, rescale=0.0,
+        elevation=15.0, azimuth=0.0, span=360.0, seed=0, sampler="dpm++", eta=0.0, mode="3d",
         size=None, progress=iter
     ):
         """Draw pictures: [B, V, 3, H, W] in [0, 1], for one prompt or a list of B.
@@ -321,7 +321,7 @@ class MVDream(nn.Module):
         mode "3d": the views stand at azimuths azimuth + k·span/views, all at one elevation
         (degrees), and the model's suffix is added to the prompt. mode "2d": independent pictures.
         negative, guidance, size (pixels): None means the model's own. rescale in [0, 1]: guidance
-        rescale (Lin et al. 2023). sampler: "ddim" with `eta`, "ddpm" or "dpm++". progress
+        rescale (Lin et al. 2023). sampler: "dpm++", "ddim" with `eta`, or "ddpm". progress
         wraps the list of time steps, as tqdm does.
 
         Noise is drawn on the CPU: a seed gives the same picture on every device. Raises UserError

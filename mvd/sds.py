@@ -306,8 +306,6 @@ class Distillation:
         """s: DistillSettings; model: MVDream; context [2, L, D]: prompt and negative prompt."""
         self.s = s
         self.model = model
-        # The channels of a pixel side by side: on a CPU a sixth less time for each step's encoding.
-        model.vae.to(memory_format=torch.channels_last)
         self.context = context
         self.device = device = context.device
         _, encoding_config = ENCODINGS[s.encoding]

@@ -7,6 +7,7 @@ have a standard deviation near 1; this file does not scale (`MVDream.encode` doe
 """
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -145,6 +146,9 @@ class Encoder(nn.Module):
         self.conv_out = Conv2d(width, 2 * config.z_channels, 3, padding=1)
 
     def forward(self, x):
+        if torch.compiler.is_compiling():
+            # Else a GPU copies the wide gradient of conv_in twice, to this layout and back.
+            x = x.contiguous(memory_format=torch.channels_last)
         x = self.middle(self.down(self.conv_in(x)))
         return self.conv_out(F.silu(self.norm_out(x)))
 

@@ -86,8 +86,14 @@ def test_impossible_numbers_of_steps(steps):
 
 
 def test_unknown_sampler():
-    with pytest.raises(UserError, match=r"choose one of ddim, ddpm, dpm\+\+"):
+    with pytest.raises(UserError, match=r"choose one of dpm\+\+, ddim, ddpm"):
         sample_latents(lambda x, t: x, (1, 4, 4, 2, 2), 5, sampler="euler")
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "dpm++"])
+def test_eta_without_ddim(sampler):
+    with pytest.raises(UserError, match="eta is the noise that DDIM adds back"):
+        sample_latents(lambda x, t: x, (1, 4, 4, 2, 2), 5, sampler=sampler, eta=0.5)
 
 
 def double_case():
@@ -381,10 +387,10 @@ def test_random_samplers_draw_from_the_right_distribution(sampler, eta, steps):
         (2, 4, 4, 60, 60),
         steps,
         sampler,
-        eta,
+        eta if sampler == "ddim" else 0.0,
         generator=torch.Generator().manual_seed(1),
     )
-    mean, std = exact_moments(steps, eta)
+    mean, std = exact_moments(steps, eta)  # DDPM is DDIM with eta 1
     # 3 standard errors of 115,200 draws.
     agree(x.mean(), mean, "the mean of the samples", atol=0.004)
     hint = "Is the noise of a step new, and as large as σ?"

@@ -168,7 +168,7 @@ def test_sample_is_guided_ddim_written_out(model):
         x = abar[previous].sqrt() * x0 + (1 - abar[previous]).sqrt() * eps
     expected = (model.decode(x) / 2 + 0.5).clamp(0, 1)
     drawn = model.sample(
-        "a red bulldog", steps=2, guidance=3.0, elevation=20, azimuth=30, seed=3
+        "a red bulldog", steps=2, guidance=3.0, elevation=20, azimuth=30, seed=3, sampler="ddim"
     )
     assert drawn.shape == (1, 4, 3, 64, 64)
     torch.testing.assert_close(drawn, expected, rtol=1e-3, atol=1e-4)

@@ -144,11 +144,12 @@ def test_a_sample_is_ddim_with_v(model):
         eps = (1 - now).sqrt() * x + now.sqrt() * v
         x = then.sqrt() * x0 + (1 - then).sqrt() * eps
     expected = (model.decode(x.float()) / 2 + 0.5).clamp(0, 1)
-    drawn = model.sample("a red bulldog", mode="2d", views=2, steps=2, guidance=3.0, seed=3)
+    flags = dict(mode="2d", views=2, steps=2, guidance=3.0, seed=3, sampler="ddim")
+    drawn = model.sample("a red bulldog", **flags)
     torch.testing.assert_close(drawn, expected, rtol=1e-3, atol=1e-4)
     plain = copy.deepcopy(model)
     plain.unet.prediction = "eps"
-    other = plain.sample("a red bulldog", mode="2d", views=2, steps=2, guidance=3.0, seed=3)
+    other = plain.sample("a red bulldog", **flags)
     assert not torch.allclose(drawn, other, atol=1e-2), "v makes no difference"
 
 

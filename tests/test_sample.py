@@ -86,8 +86,8 @@ def test_the_same_seed_gives_the_same_bytes(start):
             ["--negative", "red"],
             ["--rescale", "0.7"],
             ["--sampler", "ddpm"],
-            ["--sampler", "dpm++"],
-            ["--eta", "0.5"],
+            ["--sampler", "ddim"],
+            ["--sampler", "ddim", "--eta", "0.5"],
             ["--steps", "3"],
         )
     ]
@@ -364,3 +364,9 @@ def test_pictures_that_are_nan_are_not_written(part, start, model_file, tmp_path
     assert start(*flags) == 2
     assert "error: the model's pictures are not numbers (NaN)" in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.png")), "a black picture was written"
+
+
+def test_eta_needs_ddim(start, capsys):
+    """Refused before the model is loaded; other samplers would take no notice of it."""
+    assert start("--eta", "0.5") == 2
+    assert "--eta needs --sampler ddim: dpm++ has no such noise" in capsys.readouterr().err
