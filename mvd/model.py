@@ -273,7 +273,7 @@ class MVDream(nn.Module):
     def compile_networks(self):
         """Let torch.compile fuse the operations of UNet and autoencoder, in place, when they run.
 
-        That takes half a minute each, and again for a new shape; after eight shapes PyTorch gives
+        That takes about a minute each, and again for a new shape; after eight shapes PyTorch gives
         up and runs uncompiled. The weights are laid out as a GPU's fast convolutions want them,
         channels last.
         """

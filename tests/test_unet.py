@@ -57,6 +57,14 @@ def test_multiview_agrees_with_the_released_model(unet, case):
     near(out, case["out_multiview"], "the released model's answer in 3D mode", hint)
 
 
+@torch.no_grad()
+def test_what_a_compiler_sees_agrees_with_the_released_model(unet, case, monkeypatch):
+    """Norms and convolutions have another form there."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    out = unet(case["x"], case["t"], case["context"], case["camera"])
+    near(out, case["out_multiview"], "the released model's answer, of the form for a compiler")
+
+
 @pytest.mark.exercise(8)
 @torch.no_grad()
 def test_2d_mode_agrees_with_the_released_model(unet, case):
