@@ -138,7 +138,7 @@ def main(argv=None):
             'the prompt is empty: say what to draw, for example "a bulldog wearing a crown"'
         )
     if s.eta and s.sampler != "ddim":
-        raise UserError(f"--eta needs --sampler ddim: {s.sampler} has no such noise")
+        raise UserError(f"--eta is a setting of --sampler ddim, and the sampler is {s.sampler}")
     folders = view_folders(s)
     out = picture_file(s)
     device = choose_device(s.device)

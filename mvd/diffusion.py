@@ -227,7 +227,7 @@ def dpm_solver_step(x_t, x0, abar_t, abar_prev, before=None):
 
 @torch.no_grad()
 def sampling_steps(
-    eps_fn, shape, steps=50, sampler="ddim", eta=0.0, *, generator=None, device=None
+    eps_fn, shape, steps, sampler, eta=0.0, *, generator=None, device=None
 ):
     """Sample step by step, from noise of the given shape (B, V, c, h, w): yields (x, x̂_0).
 
@@ -243,7 +243,7 @@ def sampling_steps(
     if sampler not in SAMPLERS:
         raise UserError(f'unknown sampler "{sampler}": choose one of {", ".join(SAMPLERS)}')
     if eta and sampler != "ddim":
-        raise UserError(f'eta is the noise that DDIM adds back, and the sampler is "{sampler}"')
+        raise UserError(f'eta is a setting of ddim, and the sampler is "{sampler}"')
     generator = generator or torch.default_generator
     device = device or generator.device
 

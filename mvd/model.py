@@ -28,13 +28,14 @@ LAYOUTS = {"mvd": "our", "mvdream": "MVDream's", "diffusers": "diffusers'"}
 STABLE_DIFFUSION_SIZE = {"eps": 512, "v": 768}
 # How torch.compile fuses the networks.
 FUSION = {
-    # What several kernels read, such as a normalised picture, each of them computes anew, up to so
-    # many reads and operations. By default it is stored, and a GPU mostly waits for its memory.
+    # Where several kernels need the same values, each computes them again, unless that takes more
+    # reads or operations than these. By default they are stored; but a GPU waits for its memory.
     "realize_reads_threshold": 16,
     "realize_opcount_threshold": 200,
-    # To try other orders of the loops takes a tenth of the time to compile, and gains nothing here.
+    # Trying other loop orders is a tenth of the time to compile, and gains nothing here.
     "loop_ordering_after_fusion": False,
 }
+
 
 # ---- reading a file --------------------------------------------------------------------------
 
@@ -126,6 +127,16 @@ class Uninitialised(TorchFunctionMode):
 
 
 # ---- the model -------------------------------------------------------------------------------
+
+def compile_network(network):
+    """Let torch.compile fuse the operations of a network, in place, when it runs.
+
+    That takes about a minute, and again for a new shape; after eight shapes PyTorch gives up and
+    runs uncompiled. The weights are laid out as a GPU's fast convolutions want them, channels last.
+    """
+    network.to(memory_format=torch.channels_last)
+    network.compile(dynamic=False, options=FUSION)
+
 
 class MVDream(nn.Module):
     """`unet`, `vae` and `text`, with their `config`.
@@ -273,13 +284,10 @@ class MVDream(nn.Module):
     def compile_networks(self):
         """Let torch.compile fuse the operations of UNet and autoencoder, in place, when they run.
 
-        That takes about a minute each, and again for a new shape; after eight shapes PyTorch gives
-        up and runs uncompiled. The weights are laid out as a GPU's fast convolutions want them,
-        channels last.
+        See `compile_network`.
         """
-        self.to(memory_format=torch.channels_last)
         for network in (self.unet, self.vae.encoder, self.vae.decoder):
-            network.compile(dynamic=False, options=FUSION)
+            compile_network(network)
 
     # ---- prompts, images, latents ----
 
@@ -325,8 +333,8 @@ class MVDream(nn.Module):
         wraps the list of time steps, as tqdm does.
 
         Noise is drawn on the CPU: a seed gives the same picture on every device. Raises UserError
-        for an empty prompt, steps outside 1..1000, a seed that `check_seed` refuses, or a size
-        that the networks cannot halve.
+        for an empty prompt, steps outside 1..1000, a seed that `check_seed` refuses, a size that
+        the networks cannot halve, and what `diffusion.sampling_steps` refuses.
         """
         generator = torch.Generator().manual_seed(check_seed(seed))
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)

@@ -22,7 +22,8 @@ from .cameras import rays
 
 DIAGONAL = 2 * math.sqrt(3)     # of the box [-1, 1]³: the longest way through it
 OPAQUE = -math.log(1e-4)        # optical depth after which 1e-4 of the light is left: a ray ends
-SCATTER = (53685, 43977, 36025)  # multiples of these, modulo 65536, lie evenly in a cube
+# 65536 / φ, φ², φ³ with φ⁴ = φ + 1: multiples of these, modulo 65536, lie evenly in a cube.
+SCATTER = (53685, 43977, 36025)
 AT_ONCE = 1 << 25               # steps that are looked up in one go: 128 MiB per operation
 
 
@@ -108,7 +109,10 @@ class OccupancyGrid(nn.Module):
 
 @dataclass
 class Samples:
-    """S slots, sorted by ray and by distance. Unused slots come last, anywhere, with width 0."""
+    """S slots, sorted by ray and by distance.
+
+    Unused slots come last. They have width 0, and a position of their own anywhere in the box.
+    """
     ray: torch.Tensor       # [S] number of the ray
     position: torch.Tensor  # [S, 3]
     distance: torch.Tensor  # [S] from the ray's origin
@@ -220,9 +224,9 @@ def select_samples(origins, directions, first, counts, *, step, budget, phase):
     position = torch.addcmul(origins[ray], directions[ray], distance[:, None])
     used = index < n
     width = used * (spread / budget * step).to(distance.dtype)
-    # Slots that are left lie all over the box. At one point they would wait for each other to add
-    # nothing to the same entries of a hash grid.
-    anywhere = torch.stack([slot * k % 65536 for k in SCATTER], -1) / 32768 - 1
+    # Slots that are left lie all over the box. At one point they would wait for each other, on a
+    # GPU, to add nothing to the same entries of a hash grid.
+    anywhere = torch.stack([slot * multiple % 65536 for multiple in SCATTER], -1) / 32768 - 1
     position = torch.where(used[:, None], position, anywhere.to(position.dtype))
     return Samples(ray, position, distance, width)
 

@@ -133,7 +133,7 @@ def noise(scene, times=TIMES):
     t = torch.tensor(times, device=scene.x0.device)
     x0 = scene.x0.expand(len(t), -1, -1, -1, -1)  # [8, V, c, h, w]
     x_t = diffusion.q_sample(x0, t, torch.randn_like(x0))
-    picture = sheet([(look(scene, x_t[:, 0]), [f"t = {t}" for t in times])])
+    picture = sheet([(look(scene, x_t[:, 0]), [f"t = {step}" for step in times])])
     left = diffusion.alphas_cumprod()[times[-1]].item()
     return picture, (
         "In training, noise is added to the latents of a picture, more of it the larger the time "
@@ -153,7 +153,7 @@ def prediction(scene, times=TIMES):
     eps = diffusion.predict_noise(scene.model.unet, x_t, t, context, camera)
     x0_hat = diffusion.predict_x0(x_t, t, eps)
     picture = sheet([
-        (look(scene, x_t[:, 0]), [f"x_t, t = {t}" for t in times]),
+        (look(scene, x_t[:, 0]), [f"x_t, t = {step}" for step in times]),
         (look(scene, x0_hat[:, 0]), ["predicted x0"] * len(t)),
     ])
     return picture, (
@@ -170,7 +170,7 @@ def sample_states(scene, camera, context, steps, guidance):
         return diffusion.guided_noise(unet, x_t, t, context, camera, guidance)[0]
 
     shape = scene.x0.shape
-    return list(diffusion.sampling_steps(guided, shape, steps, device=scene.x0.device))
+    return list(diffusion.sampling_steps(guided, shape, steps, "ddim", device=scene.x0.device))
 
 
 def sample_picture(scene, states, names):
@@ -192,7 +192,8 @@ def sample(scene, steps=50, guidance=4.0):
     return sample_picture(scene, states, SIDES), (
         "A sampler starts from noise alone; each step (ddim_step) takes the predicted x0, vague at "
         "first, and adds to it a little less noise than there was. All four views go through "
-        "this together, and at the end (below) they show one thing from four sides."
+        "this together, and at the end (below) they show one thing from four sides. (sample.py "
+        "takes dpm_solver_step, which needs half the steps.)"
     )
 
 

@@ -110,7 +110,7 @@ class Conv2d(nn.Conv2d):
         if not torch.compiler.is_compiling():
             return super().forward(x)
         x = F.conv2d(x, self.weight, None, self.stride, self.padding)
-        return x + self.bias[:, None, None]
+        return x + self.bias.to(x.dtype)[:, None, None]
 
 
 class ResidualConv(Conv2d):

@@ -170,6 +170,7 @@ def test_their_pipeline_draws_what_our_2d_mode_draws(prediction, tmp_path):
     noise = torch.randn(1, 2, 8, 8, 8, generator=torch.Generator().manual_seed(5))
     settings = {"num_inference_steps": 4, "guidance_scale": 4.0, "output_type": "pt"}
     theirs = pipeline(["a red bulldog"] * 2, latents=noise[0].clone(), **settings).images
-    ours = model.sample("a red bulldog", mode="2d", views=2, steps=4, guidance=4.0, seed=5)
+    flags = dict(mode="2d", views=2, steps=4, sampler="ddim", guidance=4.0, seed=5)
+    ours = model.sample("a red bulldog", **flags)
     assert ours.std() > 0.01, "an even picture would say nothing"
     torch.testing.assert_close(ours[0], theirs, rtol=1e-3, atol=1e-3)

@@ -32,9 +32,9 @@ from mvd.diffusion import (
 )
 from mvd.tools.errors import UserError
 
-def sample_latents(eps_fn, shape, *settings, **more):
+def sample_latents(eps_fn, shape, steps, sampler="ddim", *eta, **more):
     """The result of `sampling_steps`: its last x."""
-    for x, _ in sampling_steps(eps_fn, shape, *settings, **more):
+    for x, _ in sampling_steps(eps_fn, shape, steps, sampler, *eta, **more):
         pass
     return x
 
@@ -92,7 +92,7 @@ def test_unknown_sampler():
 
 @pytest.mark.parametrize("sampler", ["ddpm", "dpm++"])
 def test_eta_without_ddim(sampler):
-    with pytest.raises(UserError, match="eta is the noise that DDIM adds back"):
+    with pytest.raises(UserError, match="eta is a setting of ddim"):
         sample_latents(lambda x, t: x, (1, 4, 4, 2, 2), 5, sampler=sampler, eta=0.5)
 
 
@@ -487,7 +487,7 @@ def test_the_steps_of_a_sampler_show_what_it_believes():
 
     def states():
         noise = torch.Generator().manual_seed(2)
-        return list(sampling_steps(perfect_eps, shape, 5, generator=noise))
+        return list(sampling_steps(perfect_eps, shape, 5, "ddim", generator=noise))
 
     x = torch.randn(shape, generator=torch.Generator().manual_seed(2)).double()
     times = timesteps(5).tolist()
@@ -561,12 +561,12 @@ def test_noise_is_moved_to_the_device():
 
     generator = torch.Generator().manual_seed(0)
     states = sampling_steps(
-        eps_fn, (1, 1, 1, 2, 2), steps=2, generator=generator, device=torch.device("meta"))
+        eps_fn, (1, 1, 1, 2, 2), 2, "ddim", generator=generator, device=torch.device("meta"))
     assert all(x.device.type == "meta" for x, _ in states)
     assert devices == [("meta", "meta")] * 2
 
 
 def test_a_sample_is_not_differentiated():
     weight = torch.ones((), requires_grad=True)
-    for x, x0 in sampling_steps(lambda x, t: weight * x, (1, 1, 1, 2, 2), steps=2):
+    for x, x0 in sampling_steps(lambda x, t: weight * x, (1, 1, 1, 2, 2), 2, "ddim"):
         assert not x.requires_grad and not x0.requires_grad, "a graph through all steps is kept"

@@ -83,3 +83,11 @@ def test_float32_stays_float32_until_the_convolution(compiling, monkeypatch):
     conv = Conv2d(CHANNELS, 2, 1).bfloat16()
     assert conv(rounded).dtype == torch.bfloat16
     assert torch.equal(conv(rounded), conv(rounded.bfloat16()))
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+def test_a_convolution_under_autocast_keeps_its_number_format(compiling, monkeypatch):
+    """The bias, which is added apart where it is compiled, must not make float32 of the sum."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert Conv2d(CHANNELS, 2, 1)(pictures()[0]).dtype == torch.bfloat16

@@ -1,5 +1,6 @@
 """sample.py: the picture it writes, what changes it and what does not, bad input in one line."""
 
+import inspect
 import io
 import json
 import math
@@ -7,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+from dataclasses import fields
 from pathlib import Path
 
 import huggingface_hub
@@ -366,7 +368,20 @@ def test_pictures_that_are_nan_are_not_written(part, start, model_file, tmp_path
     assert not list(tmp_path.rglob("*.png")), "a black picture was written"
 
 
-def test_eta_needs_ddim(start, capsys):
+def test_eta_needs_ddim(start, monkeypatch, capsys):
     """Refused before the model is loaded; other samplers would take no notice of it."""
+    monkeypatch.setattr(MVDream, "load", lambda *a: pytest.fail("the model is loaded first"))
     assert start("--eta", "0.5") == 2
-    assert "--eta needs --sampler ddim: dpm++ has no such noise" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--eta is a setting of --sampler ddim, and the sampler is dpm++" in said
+
+
+def test_the_flags_have_the_defaults_of_the_function():
+    """Where the function says None it takes the model's own, as --help does."""
+    parameters = inspect.signature(MVDream.sample).parameters
+    for field in fields(sample.SampleSettings):
+        default = parameters[field.name].default if field.name in parameters else None
+        if default not in (None, inspect.Parameter.empty):
+            assert field.default == default, (
+                f"--{field.name} is {field.default}, but {field.name} of MVDream.sample {default}"
+            )

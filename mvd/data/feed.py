@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..model import compile_network
 from .latents import encode_posteriors, posteriors_of, sample_posterior, token_table
 from .loader import Request, batches
 from .order import Dice, hashed, items_at, uniform
@@ -184,12 +185,8 @@ class FromFiles:
         self.report = report
 
     def compile_encoder(self):
-        """Let torch.compile fuse the encoder's operations, a matter of half a minute.
-
-        It works in the layout that a GPU's fast convolutions want, channels last.
-        """
-        self.model.vae.encoder.to(memory_format=torch.channels_last)
-        self.model.vae.encoder.compile(dynamic=False)
+        """See `model.compile_network`."""
+        compile_network(self.model.vae.encoder)
 
     def stream(self, plan, phase, start):
         """rgba uint8 and, for the UNet, tokens [n, L] and of objects the camera [n, V, 16].

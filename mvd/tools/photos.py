@@ -347,7 +347,7 @@ def open_photo(file, size):
 def may_be_photo(path):
     """Whether a file has the name of a picture, or is one.
 
-    A folder or a pipe is not: reading a pipe would wait for ever. A broken link may be: it is named.
+    A folder is not, nor a pipe: reading it would wait for ever. A broken link may be: it is named.
     """
     if path.name.startswith(".") or (os.path.exists(path) and not os.path.isfile(path)):
         return False
