@@ -137,7 +137,7 @@ def test_the_commands_are_found():
 
 # ---- every command, at a small size ----------------------------------------------------------
 
-# What is added to a command, so that all take eight minutes on two cores. The last of two equal
+# What is added to a command, so that all take seven minutes on two cores. The last of two equal
 # flags counts.
 SMALL = {
     "distill.py": "--steps 2 --mesh-size 16",
