@@ -57,8 +57,6 @@ COLUMNS = (
     ("first_s", "first, s", 8, ".1f"),
     ("peak_gib", "GiB", 6, ".1f"),
 )
-
-
 # Whole samples that are timed: steps and sampler.
 SAMPLES = ((50, "ddim"), (25, "dpm++"))
 # The lines of the plot, and their colours.

@@ -14,6 +14,7 @@ if __name__ == "__main__":
 
 import pytest
 
+import mutate
 from mvd.exercises import EXERCISES
 from mvd.exercises import __main__ as exercises
 from mvd.tools import files
@@ -53,13 +54,11 @@ def copy(tmp_path, monkeypatch):
 
 @pytest.fixture
 def whole_copy(tmp_path, monkeypatch):
-    """The repository in another folder, but for large files, on which the commands work."""
-    shutil.copytree(ROOT / "mvd", tmp_path / "mvd", ignore=shutil.ignore_patterns("*.safetensors"))
-    shutil.copytree(ROOT / "tests", tmp_path / "tests")
-    for script in ROOT.glob("*.py"):
-        shutil.copyfile(script, tmp_path / script.name)
-    monkeypatch.setattr(exercises, "ROOT", tmp_path)
-    return tmp_path
+    """The repository in another folder, on which the commands work."""
+    folder = tmp_path / "mvd"
+    mutate.copy_repository(folder)
+    monkeypatch.setattr(exercises, "ROOT", folder)
+    return folder
 
 
 def put(number, name, source):

@@ -7,7 +7,6 @@ import importlib
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import mutate
 from mvd import MVDream
 from mvd.tools import cli
 
@@ -171,11 +171,7 @@ def small(line):
 def copy_of_repository(tmp_path_factory):
     """A copy of the working tree, with what the README takes for granted."""
     folder = tmp_path_factory.mktemp("readme") / "mvd"
-    for name in ("mvd", "tests", ".github"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for path in ROOT.glob("*.*"):
-        if path.is_file():
-            shutil.copy(path, folder)
+    mutate.copy_repository(folder)
     MVDream.random("nano").save(folder / "small.safetensors")
     random = np.random.default_rng(0)
     for place in ("shards", "photos"):
