@@ -20,7 +20,7 @@ import mvd  # before torch: tools/threads.py
 import torch
 from tqdm import tqdm
 
-from mvd import cameras, mesh, presets, render, sds
+from mvd import ahead, cameras, mesh, presets, render, sds
 from mvd.data.transforms import write_transforms
 from mvd.model import MVDream, read_config
 from mvd.sds import DistillSettings
@@ -49,10 +49,10 @@ LOG_EVERY = 10
 IF_LOST = "try --dtype float32, or a lower --lr, --lr-grid or --guidance"
 # What the progress pictures show, for the page.
 PROGRESS = "Progress: the render, with noise, what the model believes it shows, the difference"
-# Steps before the first picture, and before anything is compiled.
+# Steps before the first picture, and before the run compiles anything itself.
 FIRST_LOOK = 20
-# A run of fewer steps is too short to make up for compiling.
-COMPILE_FROM = 1000
+# If fewer steps are left, they do not make up for compiling.
+COMPILE_FROM = 2000
 # What to try where memory does not suffice.
 SMALLER = (
     "half the --coarse-budget and --fine-budget, --coarse-sets 1, --fine-sets 1, or a smaller "
@@ -228,6 +228,14 @@ def resume(distillation, state, out):
     return state["step"]
 
 
+def new_step(distillation, stage, compiled, graphed):
+    """The step of a stage, made anew since its code or its shapes change; a CUDA graph if asked."""
+    distillation.optimizer.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
+    distillation.begin(stage, compiled)
+    return GraphedStep(distillation.step, distillation.device) if graphed else distillation.step
+
+
 def distill(s, context, model, out, state=None):
     """The loop: returns (Distillation, steps done, the signal that ended it or 0).
 
@@ -244,31 +252,30 @@ def distill(s, context, model, out, state=None):
 
     visits = occupancy_visits(distillation)
     show_every = s.show_every or max(FIRST_LOOK, s.steps // 20)
-    can_be_compiled = s.compile and s.steps >= COMPILE_FROM and can_compile(device)
     coarse, fine = sds.stages(s)
-    # A run has up to three stretches: eager, coarse, fine. At the start of each the step is made
-    # anew, since its code or its shapes change.
+    worth_it = s.compile and s.steps - start >= COMPILE_FROM and can_compile(device)
+    workers = ahead.workers(worth_it, s, model.config, context, start / s.steps)
     stage, compiled = None, False
 
-    with cli.interrupt_flag() as interrupted, side_stream(device):
+    with cli.interrupt_flag() as interrupted, workers as processes, side_stream(device):
         bar = tqdm(range(start, s.steps), initial=start, total=s.steps, desc=s.prompt)
         for step in bar:
             progress = step / s.steps
             wanted = fine if progress >= s.fine_from else coarse
-            compile_now = can_be_compiled and step >= FIRST_LOOK
-            if compile_now and not compiled:
-                model.compile_networks()
+            compile_now = compiled or (
+                worth_it and step >= FIRST_LOOK and ahead.ready(processes, wanted == fine)
+            )
             if (wanted, compile_now) != (stage, compiled):
+                if compiled:  # the other stage is being compiled
+                    ahead.wait(processes)
+                elif compile_now:
+                    model.compile_networks()
                 stage, compiled = wanted, compile_now
                 # First free the earlier step: its graph takes as much memory as the next one's.
                 take_step = result = None
-                distillation.optimizer.zero_grad(set_to_none=True)
-                torch.cuda.empty_cache()
-                distillation.begin(stage, compiled)
-                take_step = distillation.step
-                # The few steps before compiling are not worth a graph and its memory.
-                if compiled or not can_be_compiled:
-                    take_step = GraphedStep(take_step, device)
+                # Where the run compiles alone the few steps before are not worth a graph.
+                graphed = compiled or processes or not worth_it
+                take_step = new_step(distillation, stage, compiled, graphed)
             distillation.anneal(progress)
             if step % s.occupancy_every == 0:
                 visits[progress < s.occupancy_warm_up]()
@@ -360,8 +367,9 @@ def main(argv=None):
     model = MVDream.load(s.model, device, dtype)
     context = embed(s, model)
     model.text = None  # its work is done, and at full size it takes 0.7 GiB
-    # The channels of a pixel side by side: on a CPU a sixth less time for each step's encoding.
-    model.vae.to(memory_format=torch.channels_last)
+    # The channels of a pixel side by side, as where it is compiled: on a CPU a sixth less time for
+    # each step's encoding, and a twentieth for the UNet.
+    model.to(memory_format=torch.channels_last)
     default = f"runs/{run.slug(s.prompt)}{'-2d' if s.mode == '2d' else ''}"
     out = run.open_run(s.out, asdict(s), s.resume, default, MAY_CHANGE)
     with run.starting(out):

@@ -160,46 +160,34 @@ def traffic(s, stage):
     return 3 * corners * stage.budget
 
 
-def draw_rays(s, stage, device):
-    """The rays of a step: (origins [R, 3], directions [R, 3], jitter [R], phase [])."""
-    c2w, fov = sds.draw_cameras(stage.sets, s.views, device)
-    fov = fov[:, None].expand(stage.sets, s.views)
-    origins, directions = cameras.rays(c2w, fov, stage.size)
-    origins, directions = origins.reshape(-1, 3), directions.reshape(-1, 3)
-    return origins, directions, *render.draw_jitter(len(origins), device)
-
-
 def used_share(s, distillation, stage):
     """The share of a step's slots for samples that hold one: the rays may want fewer."""
-    origins, directions, jitter, _ = draw_rays(s, stage, distillation.device)
+    one = copy.copy(distillation)
+    one.begin(stage)
+    draws = one.draw()
+    fov = draws.fov[:, None].expand(stage.sets, s.views)
+    origins, directions = cameras.rays(draws.c2w, fov, stage.size)
     _, counts = render.march_rays(
-        distillation.occupancy, origins, directions, step=s.step_size, jitter=jitter
+        one.occupancy,
+        origins.reshape(-1, 3),
+        directions.reshape(-1, 3),
+        step=s.step_size,
+        jitter=draws.jitter,
     )
     return min(1.0, counts[:, -1].sum().item() / stage.budget)
 
 
 def field_part(s, distillation, stage):
-    """The field alone, forward and backward, as one row of `parts`."""
-    origins, directions, jitter, phase = draw_rays(s, stage, distillation.device)
-    render_rays = render.render_rays
-    if s.compile:
-        render_rays = torch.compile(render_rays, dynamic=False)
+    """Rendering with its penalty, forward and backward, as one row of `parts`."""
+    one = copy.copy(distillation)
+    one.begin(stage, s.compile)
+    draws = one.draw()
 
     def rendering():
-        seen = render_rays(
-            distillation.nerf,
-            distillation.occupancy,
-            origins,
-            directions,
-            origins.new_ones(3),
-            budget=stage.budget,
-            step=s.step_size,
-            jitter=jitter,
-            phase=phase,
-        )
-        seen.rgb.sum().backward()
-        distillation.optimizer.zero_grad(set_to_none=True)
-        return seen.rgb
+        images, _, penalty = one.rendering(draws)
+        (images.sum() + penalty).backward()
+        one.optimizer.zero_grad(set_to_none=True)
+        return images
 
     views = s.views * stage.sets
     name = f"field, {stage.budget} samples of {views} views of {stage.size}²"
@@ -237,7 +225,7 @@ def network_parts(m, views):
 
 def new_field(m, s):
     """A Distillation at its start, with its occupancy grid."""
-    m.vae.to(memory_format=torch.channels_last)  # as distill.py does
+    m.to(memory_format=torch.channels_last)  # as distill.py does
     with torch.no_grad():
         context = m.embed([s.prompt, ""])
     distillation = sds.Distillation(s, m, context)

@@ -24,7 +24,7 @@ DIAGONAL = 2 * math.sqrt(3)     # of the box [-1, 1]³: the longest way through 
 OPAQUE = -math.log(1e-4)        # optical depth after which 1e-4 of the light is left: a ray ends
 # 65536 / φ, φ², φ³ with φ⁴ = φ + 1: multiples of these, modulo 65536, lie evenly in a cube.
 SCATTER = (53685, 43977, 36025)
-AT_ONCE = 1 << 25               # steps that are looked up in one go: 128 MiB per operation
+AT_ONCE = 1 << 25               # steps looked up in one go, uncompiled: 128 MiB per operation
 
 
 # ---- 1. where matter is ----------------------------------------------------------------------
@@ -161,7 +161,8 @@ def march_rays(occupancy, origins, directions, *, step, jitter):
     at_least = occupancy.density_min * step
     at_least = torch.where(occupancy.occupied(step), at_least, -1.0)  # [size³]
 
-    rows = AT_ONCE // steps
+    # Compiled, the look-ups are fused and never stored: all rays at once.
+    rows = len(origins) if torch.compiler.is_compiling() else AT_ONCE // steps
     counts = []
     for begin in range(0, len(origins), rows):
         part = slice(begin, begin + rows)

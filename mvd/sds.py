@@ -6,9 +6,10 @@ let the guided model predict the clean latents x̂_0 of all views together, and 
 UNet is not differentiated. Since x_0 - x̂_0 = sqrt((1 - ᾱ_t) / ᾱ_t) (ε̂ - ε), this is SDS
 (DreamFusion eq. 3) with that weight, as long as the guidance rescale is off.
 
-From top to bottom: the settings, the random draws, the loss, and `Distillation`, whose `step` is
-the whole method on one screen.
+From top to bottom: the settings, the random draws, the loss, and `Distillation`, whose `step`, with
+`encode` and `ask` above it, is the whole method on one screen.
 """
+import contextlib
 import math
 from dataclasses import dataclass, fields
 from typing import NamedTuple
@@ -179,41 +180,17 @@ def draw_cameras(sets, views, device):
 
 # ---- the loss --------------------------------------------------------------------------------
 
-def predict_set(unet, x_t, t, context, camera, *, guidance, rescale):
-    """The model's guided prediction for one set: (x̂_0, ε̂), [1, V, c, h, w] each, float32.
+def predict_sets(unet, x_t, t, context, camera, *, guidance, rescale):
+    """The model's guided prediction for B sets: (x̂_0, ε̂), [B, V, c, h, w] each, float32.
 
-    x_t [1, V, c, h, w], t [1]; context [2, L, D]: the prompt, then the negative prompt;
-    camera [1, V, 16], or None for the 2D mode. `rescale` mixes in x̂_0 with the standard
-    deviation that the unguided one has over (V, c, h, w) (Lin et al. 2023, §3.4).
+    x_t [B, V, c, h, w], t [B]; context [2B, L, D]: B prompts, then B negative prompts;
+    camera [B, V, 16], or None for the 2D mode. `rescale` mixes in x̂_0 with the standard
+    deviation that the unguided one has over (V, c, h, w) of a set (Lin et al. 2023, §3.4).
     """
     eps, conditional = diffusion.guided_noise(unet, x_t, t, context, camera, guidance)
     x0 = diffusion.predict_x0(x_t, t, eps)
     x0_unguided = diffusion.predict_x0(x_t, t, conditional)
     return diffusion.rescale(x0, x0_unguided, rescale), eps
-
-
-def predict_sets(unet, x_t, t, context, camera, *, guidance, rescale):
-    """`predict_set` of B sets: x_t [B, V, c, h, w], t [B], context [2B, L, D], camera [B, V, 16].
-
-    The network is asked set by set, with tensors of one shape and layout, so that a compiler sees
-    it once, however many sets there are.
-    """
-    prompts = context.unflatten(0, (2, -1))  # [2, B, L, D]
-    x0s, noises = [], []
-    for i in range(len(x_t)):
-        one = slice(i, i + 1)
-        x0, eps = predict_set(
-            unet,
-            x_t[one],
-            t[one],
-            prompts[:, i].contiguous(),
-            None if camera is None else camera[one],
-            guidance=guidance,
-            rescale=rescale,
-        )
-        x0s.append(x0)
-        noises.append(eps)
-    return torch.cat(x0s), torch.cat(noises)
 
 
 def distillation_loss(
@@ -296,8 +273,8 @@ def pick(config_class, s):
 class Distillation:
     """The field of a run, and the step that improves it.
 
-    `step` is `draw`, `render_images`, encode, noise, ask the model, and back. No shape in it
-    depends on data, and nothing in it waits for the device, so that a CUDA graph can hold it: no
+    `step` is `draw`, `render_images`, `encode`, `ask`, and the way back. No shape in it depends on
+    data, and nothing in it waits for the device, so that a CUDA graph can hold it: no
     `.item()`, no boolean indexing, no branch on a tensor, no tensor made of Python numbers. What
     changes in the course of a run is read from tensors, which `anneal` sets between two steps.
     """
@@ -371,18 +348,24 @@ class Distillation:
         origins, directions = cameras.rays(draws.c2w, fov, size)
         origins, directions = origins.reshape(-1, 3), directions.reshape(-1, 3)  # [R, 3]
         background = torch.where(draws.plain, draws.colour, self.nerf.background(directions))
-        seen = render.render_rays(
-            self.nerf,
-            self.occupancy,
-            origins,
-            directions,
-            background,
-            budget=budget,
-            step=s.step_size,
-            jitter=draws.jitter,
-            phase=draws.phase,
-            shading=self.shading(draws) if s.shading else None,
-        )
+        # In a step of a bfloat16 model the field's two networks compute in bfloat16, too.
+        # Occupancy, smoothness and results stay in float32.
+        rough = contextlib.nullcontext()
+        if self.context.dtype == torch.bfloat16:
+            rough = torch.autocast(self.device.type, torch.bfloat16)
+        with rough:
+            seen = render.render_rays(
+                self.nerf,
+                self.occupancy,
+                origins,
+                directions,
+                background,
+                budget=budget,
+                step=s.step_size,
+                jitter=draws.jitter,
+                phase=draws.phase,
+                shading=self.shading(draws) if s.shading else None,
+            )
         images = seen.rgb.view(sets * s.views, size, size, 3).movedim(-1, 1)  # [B·V, 3, H, W]
         pixels = self.model.config.size
         images = F.interpolate(
@@ -422,15 +405,18 @@ class Distillation:
         softness = draws.softness * diffuse * self.lit
         return render.Shading(light, softness, textureless * self.lit)
 
-    def step(self):
-        """One optimisation step: Step. It does not wait for the device."""
-        s, sets = self.s, self.stage.sets
-        draws = self.draw()
-        images, opacity, penalty = self.rendering(draws)
-        # Set by set, as in `predict_sets`: a compiler sees one shape.
+    def encode(self, images):
+        """Images [B, V, 3, H, W] -> latents [B, V, c, h, w], float32.
+
+        Set by set, so that a compiler sees one shape however many sets there are.
+        """
         latents = [self.model.encode(of_set, sample=True) for of_set in images.split(1)]
-        latents = torch.cat(latents).float().contiguous()  # [B, V, c, h, w]
-        t = draw_time(self.t_low, self.t_high, sets, self.device)
+        return torch.cat(latents).float().contiguous()
+
+    def ask(self, latents, draws):
+        """Noise the latents to a random t and ask the model: (distillation loss [], x_t, x̂_0)."""
+        s = self.s
+        t = draw_time(self.t_low, self.t_high, len(latents), self.device)
         noise = torch.randn_like(latents)
         camera = cameras.extrinsics(draws.c2w) if s.mode == "3d" else None
         loss, x0_hat = distillation_loss(
@@ -444,7 +430,14 @@ class Distillation:
             kind=s.loss,
             noise=noise,
         )
-        x_t = diffusion.q_sample(latents.detach(), t, noise)
+        return loss, diffusion.q_sample(latents.detach(), t, noise), x0_hat
+
+    def step(self):
+        """One optimisation step: Step. It does not wait for the device."""
+        draws = self.draw()
+        images, opacity, penalty = self.rendering(draws)
+        latents = self.encode(images)
+        loss, x_t, x0_hat = self.ask(latents, draws)
         total = loss + penalty
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()

@@ -24,7 +24,7 @@ from PIL import Image
 
 import distill
 import toy_data
-from mvd import MVDream, cameras, presets, render, sds
+from mvd import MVDream, ahead, cameras, presets, render, sds
 from mvd.data import find_objects
 from mvd.hashgrid import HashGridConfig
 from mvd.nerf import NeRF, NeRFConfig
@@ -440,6 +440,7 @@ def test_the_compiler_takes_over_after_the_first_picture(start, monkeypatch, tmp
     monkeypatch.setattr(distill, "can_compile", lambda device: True)
     monkeypatch.setattr(distill, "FIRST_LOOK", 2)
     monkeypatch.setattr(distill, "COMPILE_FROM", 1)
+    monkeypatch.setattr(ahead, "has_room", lambda device: False)
     step, seen = sds.Distillation.step, []
 
     def recording(distillation):
@@ -457,6 +458,54 @@ def test_the_compiler_takes_over_after_the_first_picture(start, monkeypatch, tmp
             start(folder, *flags)
         assert start(folder, *flags, "--resume") == 0
         assert_same_run(tmp_path / "whole", tmp_path / folder)
+
+
+@pytest.mark.parametrize(
+    "ready_from, switches",
+    [
+        (2, [(False, 8), (False, 8), (True, 8), (True, 16), (True, 16), (True, 16)]),
+        (4, [(False, 8), (False, 8), (False, 8), (False, 16), (True, 16), (True, 16)]),
+        (9, [(False, 8), (False, 8), (False, 8), (False, 16), (False, 16), (False, 16)]),
+    ],
+)
+def test_the_run_goes_on_until_the_workers_are_ready(start, ready_from, switches, monkeypatch):
+    """Nothing is compiled here: only when that would be is noted."""
+    asked, waited, seen, left = [], [], [], []
+
+    @contextlib.contextmanager
+    def workers(wanted, *rest):
+        assert wanted
+        yield ["a process"]
+        left.append(True)
+
+    def ready(processes, last):
+        assert processes == ["a process"]
+        asked.append(last)
+        return len(seen) >= ready_from
+
+    def begin(distillation, stage, compiled=False):
+        distillation.noted = compiled, stage.size
+        real_begin(distillation, stage)
+
+    def step(distillation):
+        seen.append(distillation.noted)
+        return real_step(distillation)
+
+    real_begin, real_step = sds.Distillation.begin, sds.Distillation.step
+    monkeypatch.setattr(sds.Distillation, "begin", begin)
+    monkeypatch.setattr(sds.Distillation, "step", step)
+    monkeypatch.setattr(MVDream, "compile_networks", lambda model: None)
+    monkeypatch.setattr(distill, "can_compile", lambda device: True)
+    monkeypatch.setattr(distill, "FIRST_LOOK", 2)
+    monkeypatch.setattr(distill, "COMPILE_FROM", 1)
+    monkeypatch.setattr(ahead, "workers", workers)
+    monkeypatch.setattr(ahead, "ready", ready)
+    monkeypatch.setattr(ahead, "wait", lambda processes: waited.append(len(seen)))
+    assert start("run") == 0
+    assert seen == switches
+    assert asked == [len_ >= 3 for len_ in range(2, min(ready_from, 5) + 1)]
+    assert waited == ([3] if ready_from == 2 else []), "half-time comes while they still compile"
+    assert left, "the workers are left behind"
 
 
 def test_the_model_is_asked_with_cameras_or_without(start, asked):
