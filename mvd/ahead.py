@@ -80,8 +80,9 @@ def start(job):
         env={**os.environ, "PYTHONPATH": path},
         start_new_session=True,
     )
-    process.stdin.write(json.dumps(job).encode() + b"\n")
-    process.stdin.flush()
+    with contextlib.suppress(BrokenPipeError):  # it has ended already
+        process.stdin.write(json.dumps(job).encode() + b"\n")
+        process.stdin.flush()
     return process
 
 

@@ -68,3 +68,11 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish(session):
+    """What test_processes.py waits for is started first, since it leaves a core to the others."""
+    for item in session.items:
+        if item.module.__name__ == "test_processes" and not session.config.option.collectonly:
+            item.module.start_trainings()
+            break

@@ -1,7 +1,10 @@
 """train.py in several processes, and killed from outside: the results are the same."""
+import atexit
+import functools
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,17 +15,31 @@ from mvd.tools import run
 TESTS = Path(__file__).parent
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """The trainings of processes.py."""
-    path = tmp_path_factory.mktemp("processes")
+@functools.cache
+def start_trainings():
+    """Start the trainings of processes.py: (Popen, their folder). They take one core.
+
+    conftest.py calls it before the first test, so that they run beside all others.
+    """
+    folder = tempfile.TemporaryDirectory(prefix="mvd-processes-")
     variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"}
-    command = [sys.executable, str(TESTS / "processes.py"), str(path)]
-    done = subprocess.run(
-        command, env={**os.environ, **variables}, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return path
+    command = [sys.executable, str(TESTS / "processes.py"), folder.name]
+    with open(Path(folder.name) / "output.txt", "w") as output:
+        process = subprocess.Popen(
+            command, env={**os.environ, **variables}, stdout=output, stderr=output
+        )
+    atexit.register(process.kill)
+    return process, folder
+
+
+@pytest.fixture(scope="module")
+def folder():
+    """The trainings of processes.py."""
+    process, folder = start_trainings()
+    path = Path(folder.name)
+    assert process.wait(timeout=240) == 0, (path / "output.txt").read_text()[-6000:]
+    yield path
+    folder.cleanup()
 
 
 def rows(folder, phase="unet"):
