@@ -52,7 +52,7 @@ PROGRESS = "Progress: the render, with noise, what the model believes it shows, 
 # Steps before the first picture, and before the run compiles anything itself.
 FIRST_LOOK = 20
 # If fewer steps are left, they do not make up for compiling.
-COMPILE_FROM = 2000
+COMPILE_FROM = 4000
 # What to try where memory does not suffice.
 SMALLER = (
     "half the --coarse-budget and --fine-budget, --coarse-sets 1, --fine-sets 1, or a smaller "

@@ -2,15 +2,18 @@
 
 torch.compile works in one thread of Python: more than a minute for the UNet, and as long again for
 the rest of a step. But it keeps what it has made on disk. So two processes compile the two halves
-of a step, with weights that nobody has filled in, while the run takes uncompiled steps. Once they
-are done the run calls torch.compile itself, and finds everything on disk.
+of a step, with weights that nobody has filled in, while the run takes uncompiled steps. When both
+have compiled the first stage, the run calls torch.compile itself and finds the result on disk; when
+it comes to the second stage, likewise.
 
-When that is depends on the computer's other work, so on a GPU a seed does not repeat bit for bit.
+The moment depends on how busy the computer is: one more reason why a seed does not repeat bit for
+bit on a GPU.
 """
 import contextlib
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -33,6 +36,7 @@ def has_room(device):
     """Can this computer compile beside a run?"""
     if sys.platform != "linux" or len(os.sched_getaffinity(0)) < CORES:
         return False
+    torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
     return free >= MEMORY
 
@@ -64,20 +68,22 @@ def workers(wanted, s, config, context, progress):
         yield processes
     finally:
         for process in processes:
-            process.kill()
-            process.wait()
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # with what it has started
+        wait(processes)
 
 
 def start(job):
-    """Start a process that reads this job: Popen. It ends with the run, but not by its Ctrl-C."""
-    root = str(Path(__file__).parents[1])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    """Start a process that reads this job: Popen.
+
+    It ends when the run ends; Ctrl-C in the terminal reaches the run only.
+    """
     process = subprocess.Popen(
         COMMAND,
+        cwd=Path(__file__).parents[1],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": path},
         start_new_session=True,
     )
     with contextlib.suppress(BrokenPipeError):  # it has ended already
@@ -94,9 +100,10 @@ def ready(processes, last):
 
 
 def wait(processes):
-    """Wait until all is compiled."""
+    """Wait until all is compiled: some seconds, as a rule, and a few minutes at most."""
     for process in processes:
-        process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=180)
 
 
 # ---- in a process of its own -----------------------------------------------------------------
@@ -124,7 +131,7 @@ HALVES = {"encoding": compile_encoding, "unet": compile_unet}
 
 
 def compile_stages(report, half, stages, settings, config, shape, dtype, device):
-    """Compile half of a step for each stage, and call `report` after the first.
+    """Compile half of a step for each stage, and call `report` after each.
 
     half: a name in HALVES; shape, dtype, device: of the context; the others as `workers` makes
     them, which is JSON.
@@ -132,9 +139,9 @@ def compile_stages(report, half, stages, settings, config, shape, dtype, device)
     device, dtype = torch.device(device), getattr(torch, dtype)
     tune_cuda(tf32=dtype != torch.float32)
     if device.type == "cuda":
-        # Should more be needed, this process is to fail, and not the run.
+        # Should it need more than a third of that, this process is to fail, and not the run.
         _, total = torch.cuda.mem_get_info(device)
-        torch.cuda.set_per_process_memory_fraction(min(1.0, MEMORY / 2 / total), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, MEMORY / 3 / total), device)
     with torch.device("meta"), Uninitialised():
         model = MVDream(presets.from_header(config)).to(dtype).requires_grad_(False).eval()
     context = torch.zeros(shape, dtype=dtype, device=device)
@@ -147,10 +154,10 @@ def compile_stages(report, half, stages, settings, config, shape, dtype, device)
 
 
 def main():
-    """A process: reads a job, compiles, and writes a byte when the first stage is done.
+    """A process: reads a job, compiles, and writes a byte after each stage.
 
-    It says nothing else: if it fails, the run compiles this half itself, and if that fails, too,
-    the run says why. When the run ends, however that may be, so does what it reads from.
+    Its errors are thrown away: the run then compiles that half itself, and shows its own error. It
+    ends when its stdin closes, which happens however the run ends.
     """
     done = os.dup(1)
     os.dup2(2, 1)  # stderr leads nowhere

@@ -348,8 +348,8 @@ class Distillation:
         origins, directions = cameras.rays(draws.c2w, fov, size)
         origins, directions = origins.reshape(-1, 3), directions.reshape(-1, 3)  # [R, 3]
         background = torch.where(draws.plain, draws.colour, self.nerf.background(directions))
-        # In a step of a bfloat16 model the field's two networks compute in bfloat16, too.
-        # Occupancy, smoothness and results stay in float32.
+        # In a step of a bfloat16 model the field's two networks compute in bfloat16, too, and so
+        # do the normals that shade it. Occupancy, smoothness and results stay in float32.
         rough = contextlib.nullcontext()
         if self.context.dtype == torch.bfloat16:
             rough = torch.autocast(self.device.type, torch.bfloat16)

@@ -71,7 +71,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish(session):
-    """What test_processes.py waits for is started first, since it leaves a core to the others."""
+    """Start the trainings that test_processes.py waits for, to run beside the other tests."""
     for item in session.items:
         if item.module.__name__ == "test_processes" and not session.config.option.collectonly:
             item.module.start_trainings()

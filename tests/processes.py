@@ -48,14 +48,15 @@ def killed_thrice(folder):
     assert finish(start(folder, "whole", *steps)) == [0]
     took = time.monotonic() - begin
     moments = random.Random(0)
-    resume = []
+    resume, statuses = [], []
     for _ in range(3):
         process = start(folder, "killed", *steps, *resume)
         time.sleep(moments.uniform(0.2, 0.7) * took)
         os.kill(process, signal.SIGKILL)
-        finish(process)
+        statuses += finish(process)
         if (folder / "killed" / "config.json").exists():
             resume = ["--resume"]
+    assert -signal.SIGKILL in statuses, "each run had ended before it was killed"
     assert finish(start(folder, "killed", *steps, *resume)) == [0]
 
 

@@ -2,6 +2,7 @@
 import atexit
 import functools
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,9 +16,15 @@ from mvd.tools import run
 TESTS = Path(__file__).parent
 
 
+def stop(process):
+    """End a process and what it has started, if the tests end early."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 @functools.cache
 def start_trainings():
-    """Start the trainings of processes.py: (Popen, their folder). They take one core.
+    """Start the trainings of processes.py: (Popen, their folder).
 
     conftest.py calls it before the first test, so that they run beside all others.
     """
@@ -26,9 +33,13 @@ def start_trainings():
     command = [sys.executable, str(TESTS / "processes.py"), folder.name]
     with open(Path(folder.name) / "output.txt", "w") as output:
         process = subprocess.Popen(
-            command, env={**os.environ, **variables}, stdout=output, stderr=output
+            command,
+            env={**os.environ, **variables},
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
         )
-    atexit.register(process.kill)
+    atexit.register(stop, process)
     return process, folder
 
 
