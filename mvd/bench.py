@@ -165,14 +165,8 @@ def used_share(s, distillation, stage):
     one = copy.copy(distillation)
     one.begin(stage)
     draws = one.draw()
-    fov = draws.fov[:, None].expand(stage.sets, s.views)
-    origins, directions = cameras.rays(draws.c2w, fov, stage.size)
     _, counts = render.march_rays(
-        one.occupancy,
-        origins.reshape(-1, 3),
-        directions.reshape(-1, 3),
-        step=s.step_size,
-        jitter=draws.jitter,
+        one.occupancy, *one.rays(draws), step=s.step_size, jitter=draws.jitter
     )
     return min(1.0, counts[:, -1].sum().item() / stage.budget)
 

@@ -341,12 +341,17 @@ class Distillation:
             nearby = NEARBY * torch.randn(s.smooth_points, 3, device=device)
         return Draws(c2w, fov, colour, plain, light, lit_kind, softness, jitter, phase, nearby)
 
+    def rays(self, draws):
+        """The rays of all pixels of a step: origins, directions [R, 3]."""
+        size, sets, _ = self.stage
+        fov = draws.fov[:, None].expand(sets, self.s.views)
+        origins, directions = cameras.rays(draws.c2w, fov, size)
+        return origins.reshape(-1, 3), directions.reshape(-1, 3)
+
     def render_images(self, draws):
         """The field's images [B, V, 3, H, W] in [-1, 1], mean opacity [], `penalty` []."""
         s, (size, sets, budget) = self.s, self.stage
-        fov = draws.fov[:, None].expand(sets, s.views)
-        origins, directions = cameras.rays(draws.c2w, fov, size)
-        origins, directions = origins.reshape(-1, 3), directions.reshape(-1, 3)  # [R, 3]
+        origins, directions = self.rays(draws)  # [R, 3]
         background = torch.where(draws.plain, draws.colour, self.nerf.background(directions))
         # In a step of a bfloat16 model the field's two networks compute in bfloat16, too, and so
         # do the normals that shade it. Occupancy, smoothness and results stay in float32.
