@@ -236,12 +236,17 @@ def new_step(distillation, stage, compiled, graphed):
     return GraphedStep(distillation.step, distillation.device) if graphed else distillation.step
 
 
-def distill(s, context, model, out, state=None):
+def worth_compiling(s, steps, device):
+    """Is it worth while to compile the steps of a run, if so many are left?"""
+    return s.compile and steps >= COMPILE_FROM and can_compile(device)
+
+
+def distill(s, context, model, out, state=None, beside=()):
     """The loop: returns (Distillation, steps done, the signal that ended it or 0).
 
-    context [2, L, D]: prompt and negative prompt. state: what the checkpoint held, or None. The
-    checkpoint is written before it returns. Raises UserError if the state is of another field, and
-    then has changed no file.
+    context [2, L, D]: prompt and negative prompt. state: what the checkpoint held, or None. beside:
+    the `ahead.workers` that compile for it. The checkpoint is written before it returns. Raises
+    UserError if the state is of another field, and then has changed no file.
     """
     device = model.device
     torch.manual_seed(s.seed)
@@ -253,28 +258,28 @@ def distill(s, context, model, out, state=None):
     visits = occupancy_visits(distillation)
     show_every = s.show_every or max(FIRST_LOOK, s.steps // 20)
     coarse, fine = sds.stages(s)
-    worth_it = s.compile and s.steps - start >= COMPILE_FROM and can_compile(device)
-    workers = ahead.workers(worth_it, s, model.config, context, start / s.steps)
+    worth_it = worth_compiling(s, s.steps - start, device)
     stage, compiled = None, False
 
-    with cli.interrupt_flag() as interrupted, workers as processes, side_stream(device):
+    with cli.interrupt_flag() as interrupted, side_stream(device):
         bar = tqdm(range(start, s.steps), initial=start, total=s.steps, desc=s.prompt)
         for step in bar:
             progress = step / s.steps
             wanted = fine if progress >= s.fine_from else coarse
-            compile_now = compiled or (
-                worth_it and step >= FIRST_LOOK and ahead.ready(processes, wanted == fine)
-            )
+            compile_now = compiled
+            if worth_it and step - start == FIRST_LOOK:
+                model.compile_networks()
+            if worth_it and step - start >= FIRST_LOOK and not compiled:
+                for share in ahead.finished(beside, wanted):
+                    ahead.take_over(distillation, wanted, share)
+                # At half-time nothing is waited for.
+                compile_now = wanted != stage or not ahead.missing(beside, wanted)
             if (wanted, compile_now) != (stage, compiled):
-                if compiled:  # the other stage is being compiled
-                    ahead.wait(processes)
-                elif compile_now:
-                    model.compile_networks()
                 stage, compiled = wanted, compile_now
                 # First free the earlier step: its graph takes as much memory as the next one's.
                 take_step = result = None
                 # Where the run compiles alone the few steps before are not worth a graph.
-                graphed = compiled or processes or not worth_it
+                graphed = compiled or beside or not worth_it
                 take_step = new_step(distillation, stage, compiled, graphed)
             distillation.anneal(progress)
             if step % s.occupancy_every == 0:
@@ -364,17 +369,20 @@ def main(argv=None):
     device = choose_device(s.device)
     dtype = choose_dtype(s.dtype, device)
     tune_cuda(tf32=dtype != torch.float32)
-    model = MVDream.load(s.model, device, dtype)
-    context = embed(s, model)
-    model.text = None  # its work is done, and at full size it takes 0.7 GiB
-    # The channels of a pixel side by side, as where it is compiled: on a CPU a sixth less time for
-    # each step's encoding, and a twentieth for the UNet.
-    model.to(memory_format=torch.channels_last)
-    default = f"runs/{run.slug(s.prompt)}{'-2d' if s.mode == '2d' else ''}"
-    out = run.open_run(s.out, asdict(s), s.resume, default, MAY_CHANGE)
-    with run.starting(out):
-        state = run.last_checkpoint(out) if s.resume else None
-        distillation, done, code = distill(s, context, model, out, state)
+    # A run that is resumed finds on disk what was compiled for it.
+    wanted = worth_compiling(s, s.steps, device) and not s.resume
+    with ahead.workers(wanted, s, read_config(s.model), dtype, device) as beside:
+        model = MVDream.load(s.model, device, dtype)
+        context = embed(s, model)
+        model.text = None  # its work is done, and at full size it takes 0.7 GiB
+        # The channels of a pixel side by side, as where it is compiled: on a CPU a sixth less time
+        # for each step's encoding, and a twentieth for the UNet.
+        model.to(memory_format=torch.channels_last)
+        default = f"runs/{run.slug(s.prompt)}{'-2d' if s.mode == '2d' else ''}"
+        out = run.open_run(s.out, asdict(s), s.resume, default, MAY_CHANGE)
+        with run.starting(out):
+            state = run.last_checkpoint(out) if s.resume else None
+            distillation, done, code = distill(s, context, model, out, state, beside)
     torch.cuda.empty_cache()  # the step's graph is gone, and the results need memory
     if done < s.steps:
         print(

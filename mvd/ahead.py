@@ -1,15 +1,17 @@
 """Compile the steps of a distillation ahead, beside the run that is going to take them.
 
 torch.compile works in one thread of Python: more than a minute for the UNet, and as long again for
-the rest of a step. But it keeps what it has made on disk. So two processes compile the two halves
-of a step, with weights that nobody has filled in, while the run takes uncompiled steps. When both
-have compiled the first stage, the run calls torch.compile itself and finds the result on disk; when
-it comes to the second stage, likewise.
+the rest of a step. But it keeps what it has made on disk. So several processes share the parts of
+a step out among them and compile them, with weights that nobody has filled in, while the run takes
+uncompiled steps. Whenever one of them has finished, the run calls torch.compile for the same part
+and finds the result on disk; when all parts of a stage are there, its compiled steps begin.
 
 The moment depends on how busy the computer is: one more reason why a seed does not repeat bit for
 bit on a GPU.
 """
 import contextlib
+import copy
+import itertools
 import json
 import os
 import select
@@ -18,59 +20,82 @@ import subprocess
 import sys
 import threading
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from . import presets, sds
 from .model import MVDream, Uninitialised, compile_network
 from .tools.device import side_stream, tune_cuda
 
 COMMAND = [sys.executable, "-m", "mvd.ahead"]
-# Free memory of the GPU, in bytes, that the two processes and the run need; and cores.
-MEMORY = 12 << 30
-CORES = 8
+# Memory of the GPU, in bytes: what a process takes, what it may take at most, what the run takes.
+EACH = 3 << 30
+AT_MOST = 5 << 30
+RUN = 8 << 30
+# A process works in one thread; these compile for it what it has written for the GPU.
+THREADS = 4
 
 
-def has_room(device):
-    """Can this computer compile beside a run?"""
-    if sys.platform != "linux" or len(os.sched_getaffinity(0)) < CORES:
-        return False
+class Worker(NamedTuple):
+    """A process that compiles one share of one part of a step, stage after stage."""
+    process: subprocess.Popen
+    share: list     # as of `shares`
+    left: list      # Stages that it has not compiled yet; `finished` takes them off
+
+
+# ---- the run's side --------------------------------------------------------------------------
+
+def shares(processes):
+    """How so many processes share out a step: [(part, number, of how many)].
+
+    None if they are too few for its three parts.
+    """
+    if processes >= 7:
+        sizes = dict(field=1, encoder=2, unet=4)
+    elif processes >= 3:
+        sizes = dict(field=1, encoder=1, unet=1)
+    else:
+        sizes = {}
+    return [(part, number, size) for part, size in sizes.items() for number in range(size)]
+
+
+def room(device):
+    """How many processes can compile beside a run on this computer?"""
+    if sys.platform != "linux":
+        return 0
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
-    return free >= MEMORY
+    return min((free - RUN) // EACH, len(os.sched_getaffinity(0)) // 2)
 
 
 @contextlib.contextmanager
-def workers(wanted, s, config, context, progress):
-    """Within this context two processes compile for a run: [Popen], see `ready`.
+def workers(wanted, s, config, dtype, device):
+    """Within this context processes compile for a run: [Worker], see `finished`.
 
     There is none if they are not `wanted`, or if the computer has no room for them: then the run
-    compiles alone. s: DistillSettings; config: ModelConfig; context as of `sds.Distillation`;
-    progress: the share of the run that is done.
+    compiles alone. s: DistillSettings; config: ModelConfig; dtype, device: of the model.
     """
-    stages = sds.stages(s)
-    if progress >= s.fine_from:
-        stages = stages[1:]
     job = dict(
-        stages=stages,
         settings=asdict(s),
         config=presets.to_header(config),
-        shape=context.shape,
-        dtype=str(context.dtype).removeprefix("torch."),
-        device=str(context.device),
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
     )
-    processes = []
+    started = []
     try:
-        if wanted and has_room(context.device):
-            for half in HALVES:
-                processes.append(start(dict(job, half=half)))
-        yield processes
+        for share in shares(room(device)) if wanted else []:
+            started.append(Worker(start(dict(job, share=share)), share, sds.stages(s)))
+        yield started
     finally:
-        for process in processes:
+        for process, _, _ in started:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)  # with what it has started
-        wait(processes)
+            process.wait()
 
 
 def start(job):
@@ -81,6 +106,7 @@ def start(job):
     process = subprocess.Popen(
         COMMAND,
         cwd=Path(__file__).parents[1],
+        env=dict(os.environ, TORCHINDUCTOR_COMPILE_THREADS=str(THREADS)),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -92,71 +118,131 @@ def start(job):
     return process
 
 
-def ready(processes, last):
-    """Has each process compiled its first stage (`last`: its last one), or ended?"""
-    if last:
-        return all(process.poll() is not None for process in processes)
-    return all(select.select([process.stdout], [], [], 0)[0] for process in processes)
+def finished(started, stage):
+    """The shares of this stage that have been compiled since the last call.
+
+    Or given up: a process that has ended says so of all that it has left.
+    """
+    news = []
+    for process, share, left in started:
+        while stage in left and select.select([process.stdout], [], [], 0)[0]:
+            os.read(process.stdout.fileno(), 1)
+            if left.pop(0) == stage:
+                news.append(share)
+    return news
 
 
-def wait(processes):
-    """Wait until all is compiled: some seconds, as a rule, and a few minutes at most."""
-    for process in processes:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=180)
+def missing(started, stage):
+    """Is some of this stage still being compiled?"""
+    return any(stage in worker.left for worker in started)
+
+
+def take_over(distillation, stage, share):
+    """Make what a worker has compiled, or has given up, the run's own."""
+    one = copy.copy(distillation)
+    one.begin(stage, compiled=True)
+    compile_share(one, *share)
+    one.optimizer.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
+
+
+# ---- both sides: how a part is compiled ------------------------------------------------------
+
+def unfilled(function, *arguments):
+    """What a function would return, of the same shapes and layouts, but nothing is computed."""
+    def allocate(x):
+        return torch.empty_strided(
+            x.shape, x.stride(), dtype=x.dtype, device=x.device, requires_grad=x.requires_grad
+        )
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        result = function(*arguments)
+    return tree_map_only(torch.Tensor, allocate, result)
+
+
+@contextlib.contextmanager
+def only(network, number, count):
+    """Within this context a compiled network runs a share of its pieces, and no others.
+
+    These are, in the order of its calls, the pieces `number`, `number + count`, and so on. Their
+    way back is run at once, so that it is compiled, too.
+    """
+    programs = {name: getattr(network, name) for name in network.PIECES}
+    calls = itertools.count()
+
+    def choose(name, *arguments):
+        if next(calls) % count != number:
+            return unfilled(getattr(type(network), name), network, *arguments)
+        result = programs[name](*arguments)
+        if torch.is_grad_enabled():
+            result.sum().backward()
+            result = result.detach().requires_grad_()
+        return result
+
+    for name in programs:
+        setattr(network, name, partial(choose, name))
+    try:
+        yield
+    finally:
+        for name, program in programs.items():
+            setattr(network, name, program)
+
+
+def compile_share(distillation, part, number, count):
+    """Run a share of one part of a step, compiled, and its way back."""
+    draws = distillation.draw()
+    model = distillation.model
+    if part == "field":
+        images, _, penalty = distillation.rendering(draws)
+        (images.sum() + penalty).backward()
+    elif part == "encoder":
+        images, _, _ = unfilled(distillation.render_images, draws)
+        with only(model.vae.encoder, number, count):
+            distillation.encode(images)
+    else:
+        side = model.config.size // model.latent_factor
+        shape = (distillation.stage.sets, distillation.s.views, model.config.unet.in_channels)
+        latents = torch.zeros(*shape, side, side, device=distillation.device)
+        with only(model.unet, number, count):
+            distillation.ask(latents, draws)
 
 
 # ---- in a process of its own -----------------------------------------------------------------
 
-def compile_encoding(distillation):
-    """The first half of a step and its way back: render and encode."""
-    vae = distillation.model.vae.to_empty(device=distillation.device)
-    compile_network(vae.encoder)
-    images, _, penalty = distillation.rendering(distillation.draw())
-    latents = distillation.encode(images)
-    (latents.sum() + penalty).backward()
+def compile_stages(report, share, settings, config, dtype, device):
+    """Compile a share of a step for each stage, and call `report` after each.
 
-
-def compile_unet(distillation):
-    """The second half: what the UNet says of the latents."""
-    model, device = distillation.model, distillation.device
-    compile_network(model.unet.to_empty(device=device))
-    side = model.config.size // model.latent_factor
-    shape = (distillation.stage.sets, distillation.s.views, model.config.unet.in_channels)
-    latents = torch.zeros(*shape, side, side, device=device)
-    distillation.ask(latents, distillation.draw())
-
-
-HALVES = {"encoding": compile_encoding, "unet": compile_unet}
-
-
-def compile_stages(report, half, stages, settings, config, shape, dtype, device):
-    """Compile half of a step for each stage, and call `report` after each.
-
-    half: a name in HALVES; shape, dtype, device: of the context; the others as `workers` makes
-    them, which is JSON.
+    share: as of `shares`; the others as `workers` makes them, which is JSON.
     """
     device, dtype = torch.device(device), getattr(torch, dtype)
     tune_cuda(tf32=dtype != torch.float32)
+    torch.backends.cudnn.benchmark = False  # what runs once is not worth a search
     if device.type == "cuda":
-        # Should it need more than a third of that, this process is to fail, and not the run.
+        # Should it need more than that, this process is to fail, and not the run.
         _, total = torch.cuda.mem_get_info(device)
-        torch.cuda.set_per_process_memory_fraction(min(1.0, MEMORY / 3 / total), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, AT_MOST / total), device)
     with torch.device("meta"), Uninitialised():
         model = MVDream(presets.from_header(config)).to(dtype).requires_grad_(False).eval()
-    context = torch.zeros(shape, dtype=dtype, device=device)
-    distillation = sds.Distillation(sds.DistillSettings(**settings), model, context)
+    part, _, _ = share
+    if part == "encoder":
+        compile_network(model.vae.to_empty(device=device).encoder)
+    if part == "unet":
+        compile_network(model.unet.to_empty(device=device))
+    text = model.config.text
+    context = torch.zeros(2, text.context_length, text.width, dtype=dtype, device=device)
+    s = sds.DistillSettings(**settings)
+    distillation = sds.Distillation(s, model, context)
     with side_stream(device):
-        for stage in stages:
-            distillation.begin(sds.Stage(*stage), compiled=True)
-            HALVES[half](distillation)
+        for stage in sds.stages(s):
+            distillation.begin(stage, compiled=True)
+            compile_share(distillation, *share)
             report()
 
 
 def main():
     """A process: reads a job, compiles, and writes a byte after each stage.
 
-    Its errors are thrown away: the run then compiles that half itself, and shows its own error. It
+    Its errors are thrown away: the run then compiles that share itself, and shows its own error. It
     ends when its stdin closes, which happens however the run ends.
     """
     done = os.dup(1)

@@ -4,6 +4,7 @@ import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import MethodType
 
 import torch
 from torch import nn
@@ -35,6 +36,8 @@ FUSION = {
     # Trying other loop orders is a tenth of the time to compile, and gains nothing here.
     "loop_ordering_after_fusion": False,
 }
+# So many programs of one method are kept; then PyTorch would give up and run it uncompiled.
+PROGRAMS = 64
 
 
 # ---- reading a file --------------------------------------------------------------------------
@@ -131,11 +134,15 @@ class Uninitialised(TorchFunctionMode):
 def compile_network(network):
     """Let torch.compile fuse the operations of a network, in place, when it runs.
 
-    That takes about a minute, and again for a new shape; after eight shapes PyTorch gives up and
-    runs uncompiled. The weights are laid out as a GPU's fast convolutions want them, channels last.
+    Each method in its PIECES becomes a program of its own, for each shape that it meets. The first
+    one takes about a minute in all, or less where several processes share the pieces (ahead.py).
+    The weights are laid out as a GPU's fast convolutions want them, channels last.
     """
     network.to(memory_format=torch.channels_last)
-    network.compile(dynamic=False, options=FUSION)
+    torch._dynamo.config.recompile_limit = PROGRAMS
+    for name in network.PIECES:
+        program = torch.compile(getattr(type(network), name), dynamic=False, options=FUSION)
+        setattr(network, name, MethodType(program, network))
 
 
 class MVDream(nn.Module):
@@ -352,8 +359,8 @@ class MVDream(nn.Module):
             azimuths = azimuth + torch.arange(views) * span / views
             camera = cameras.extrinsics(cameras.orbit(elevation, azimuths)).to(device)  # [V, 16]
             camera = camera.repeat(B, 1, 1)
-        unconditional = self.embed([negative]).expand(B, -1, -1)
-        context = torch.cat([self.embed(prompts), unconditional])  # [2B, L, D]
+        context = self.embed(prompts + [negative])  # [B + 1, L, D]
+        context = torch.cat([context, context[-1:].expand(B - 1, -1, -1)])  # [2B, L, D]
 
         def guided_noise(x, t):
             eps, conditional = diffusion.guided_noise(
@@ -365,7 +372,7 @@ class MVDream(nn.Module):
         shape = (B, views, config.unet.in_channels, h, h)
         times = diffusion.timesteps(steps, sampler).tolist()
         states = diffusion.sampling_steps(
-            GraphedStep(guided_noise, device), shape, steps, sampler, eta,
+            GraphedStep(guided_noise, device, eager=1), shape, steps, sampler, eta,
             generator=generator, device=device,
         )
         with side_stream(device):

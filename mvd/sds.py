@@ -12,6 +12,7 @@ From top to bottom: the settings, the random draws, the loss, and `Distillation`
 import contextlib
 import math
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from . import cameras, diffusion, render
 from .nerf import ENCODINGS, NeRF, NeRFConfig
 from .tools.cli import setting
+from .tools.device import side_by_side
 
 NEGATIVE = (
     "ugly, bad anatomy, blurry, pixelated obscure, unnatural colors, poor lighting, dull, and "
@@ -64,7 +66,7 @@ class DistillSettings:
         "on a GPU, fuse the operations of a step (torch.compile): slow at first, then several "
         "times as fast",
     )
-    save_every: int = setting(500, "steps between checkpoints", min=1)
+    save_every: int = setting(1000, "steps between checkpoints", min=1)
     show_every: int = setting(
         0, "steps between pictures; 0: a twentieth of the run, and at least 20", min=0
     )
@@ -415,7 +417,7 @@ class Distillation:
 
         Set by set, so that a compiler sees one shape however many sets there are.
         """
-        latents = [self.model.encode(of_set, sample=True) for of_set in images.split(1)]
+        latents = side_by_side(partial(self.model.encode, sample=True), images.split(1))
         return torch.cat(latents).float().contiguous()
 
     def ask(self, latents, draws):

@@ -297,7 +297,11 @@ class Block(nn.Module):
 
 
 class MultiViewUNet(nn.Module):
-    """ε_θ(x_t; t, text, camera), MVDream eq. 2; or v_θ, if `prediction` is "v"."""
+    """ε_θ(x_t; t, text, camera), MVDream eq. 2; or v_θ, if `prediction` is "v".
+
+    `forward` is made of PIECES, which a compiler takes one by one (`model.compile_network`).
+    """
+    PIECES = ("condition", "descend", "ascend", "leave")
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -365,6 +369,44 @@ class MultiViewUNet(nn.Module):
         context = context[:, None].expand(-1, camera.shape[1], -1, -1)  # [B, V, L, D]
         return torch.cat([context, token[:, :, None]], dim=2).flatten(0, 1)
 
+    def condition(self, t, context, camera, views):
+        """What all blocks are told of time, camera and text: embedding [B·V, E], context.
+
+        Arguments as of `forward`. context [B, L, D], or [B·V, L + 1, D] with a token for the camera.
+        """
+        dtype = self.conv_out.weight.dtype
+        context = context.to(dtype)
+        embedding = self.time_mlp(time_embedding(t, self.config.model_channels).to(dtype))
+        embedding = embedding[:, None].expand(-1, views, -1)  # [B, V, E]
+        if camera is not None and self.config.camera == "time":
+            embedding = embedding + self.camera_mlp(camera.to(dtype))
+        if camera is not None and self.config.camera == "text":
+            context = self.add_token(context, camera.to(dtype))
+        return embedding.flatten(0, 1), context
+
+    def levels(self, blocks):
+        """The blocks of the encoder or of the decoder, those of a level together."""
+        count = self.config.num_res_blocks + 1
+        return [blocks[i : i + count] for i in range(0, len(blocks), count)]
+
+    def descend(self, blocks, h, *told):
+        """Blocks of the encoder in turn, h [B·V, C, h, w] -> what each of them returns."""
+        results = []
+        for block in blocks:
+            h = block(h, *told)
+            results.append(h)
+        return results
+
+    def ascend(self, blocks, h, skips, *told):
+        """Blocks of the decoder in turn; each also sees what its twin in the encoder has made."""
+        for block, skip in zip(blocks, skips):
+            h = block(torch.cat([h, skip], dim=1), *told)
+        return h
+
+    def leave(self, h):
+        """[B·V, C, h, w] -> the prediction [B·V, c, h, w]."""
+        return self.conv_out(F.silu(self.norm_out(h)))
+
     def forward(self, x, t, context, camera=None):
         """The prediction, [B, V, c, h, w], in the number format of the weights.
 
@@ -373,26 +415,14 @@ class MultiViewUNet(nn.Module):
         camera [B, V, 16] (`cameras.extrinsics`), or None for the 2D mode.
         """
         B, V = x.shape[:2]
-        dtype = self.conv_out.weight.dtype
-        across_views = camera is not None
-        context = context.to(dtype)
-        embedding = self.time_mlp(time_embedding(t, self.config.model_channels).to(dtype))
-        embedding = embedding[:, None].expand(B, V, -1)  # [B, V, E]
-        if camera is not None and self.config.camera == "time":
-            embedding = embedding + self.camera_mlp(camera.to(dtype))
-        if camera is not None and self.config.camera == "text":
-            context = self.add_token(context, camera.to(dtype))
-        embedding = embedding.flatten(0, 1)  # [B·V, E]
-
+        embedding, context = self.condition(t, context, camera, V)
+        told = embedding, context, V, camera is not None  # as `Block.forward` is
         h = x.flatten(0, 1)  # [B·V, c, h, w]
         skips = []
-        for block in self.encoder:
-            h = block(h, embedding, context, V, across_views)
-            skips.append(h)
-        for block in self.middle:
-            h = block(h, embedding, context, V, across_views)
-        for block in self.decoder:
-            h = torch.cat([h, skips.pop()], dim=1)
-            h = block(h, embedding, context, V, across_views)
-        h = self.conv_out(F.silu(self.norm_out(h)))
-        return h.unflatten(0, (B, V))
+        for blocks in self.levels(self.encoder):
+            skips += self.descend(blocks, h, *told)
+            h = skips[-1]
+        *_, h = self.descend(self.middle, h, *told)
+        for blocks in self.levels(self.decoder):
+            h = self.ascend(blocks, h, [skips.pop() for _ in blocks], *told)
+        return self.leave(h).unflatten(0, (B, V))

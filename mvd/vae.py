@@ -128,6 +128,8 @@ class UpLevel(nn.Module):
 
 class Encoder(nn.Module):
     """Images [N, 3, H, W] -> [N, 2 z_channels, h, w]."""
+    # What a compiler takes one by one (`model.compile_network`).
+    PIECES = ("wide", "deep")
 
     def __init__(self, config):
         super().__init__()
@@ -145,16 +147,25 @@ class Encoder(nn.Module):
         self.norm_out = group_norm(groups, width)
         self.conv_out = Conv2d(width, 2 * config.z_channels, 3, padding=1)
 
-    def forward(self, x):
+    def wide(self, x):
+        """The first half of the levels, with the most pixels."""
         if torch.compiler.is_compiling():
             # Else a GPU copies the wide gradient of conv_in twice, to this layout and back.
             x = x.contiguous(memory_format=torch.channels_last)
-        x = self.middle(self.down(self.conv_in(x)))
+        return self.down[: len(self.down) // 2](self.conv_in(x))
+
+    def deep(self, x):
+        """The second half, with the most channels."""
+        x = self.middle(self.down[len(self.down) // 2 :](x))
         return self.conv_out(F.silu(self.norm_out(x)))
+
+    def forward(self, x):
+        return self.deep(self.wide(x))
 
 
 class Decoder(nn.Module):
     """Latents [N, z_channels, h, w] -> images [N, 3, H, W]."""
+    PIECES = ("forward",)
 
     def __init__(self, config):
         super().__init__()

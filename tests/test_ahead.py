@@ -4,13 +4,14 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from mvd import MVDream, ahead, sds
-from mvd.model import Uninitialised
+from mvd.model import Uninitialised, compile_network
 from mvd.tools.device import side_stream, tune_cuda
 from scripts import saved_model
 from test_model import small_config
@@ -37,6 +38,8 @@ def empty_distillation(s, config, context):
     """As `ahead.compile_stages` makes it."""
     with torch.device("meta"), Uninitialised():
         model = MVDream(config).to(context.dtype).requires_grad_(False).eval()
+    compile_network(model.vae.to_empty(device=context.device).encoder)
+    compile_network(model.unet.to_empty(device=context.device))
     return sds.Distillation(s, model, context)
 
 
@@ -55,7 +58,7 @@ def describe(tensor):
         dict(loss="sds", smoothness=0.0),
     ],
 )
-def test_the_halves_of_a_step_are_what_the_step_compiles(model_file, changes, monkeypatch):
+def test_the_shares_of_a_step_are_what_the_step_compiles(model_file, changes, monkeypatch):
     """The compiler is asked for the same graphs, with inputs of the same layout, at each stage."""
     compile_, seen = torch.compile, []
 
@@ -80,25 +83,112 @@ def test_the_halves_of_a_step_are_what_the_step_compiles(model_file, changes, mo
         distillation.begin(stage, compiled=True)
         distillation.step()
         wanted, seen[:] = list(seen), []
+        assert len(wanted) >= 8, "rendering, encoder and UNet are not compiled"
 
+        for processes in (7, 3):
+            made = []
+            for share in ahead.shares(processes):
+                torch.compiler.reset()
+                seen[:] = []
+                empty = empty_distillation(s, model.config, context)
+                empty.begin(stage, compiled=True)
+                ahead.compile_share(empty, *share)
+                assert seen, f"{share} has nothing to do"
+                made += seen
+            for graph in wanted:
+                assert graph in made, f"at {stage} nobody compiles this:\n{graph[0]}\n{graph[1]}"
+            for graph in made:
+                assert graph in wanted, f"at {stage} no step needs this:\n{graph[0]}\n{graph[1]}"
+
+        # In the run itself, which has everything already: nothing is left to compile.
         torch.compiler.reset()
-        for half in (ahead.compile_encoding, ahead.compile_unet):
-            empty = empty_distillation(s, model.config, context)
-            empty.begin(stage, compiled=True)
-            half(empty)
-        made, seen[:] = list(seen), []
-        assert len(wanted) >= 3, "rendering, encoder and UNet are not compiled"
-        for graph in wanted:
-            assert graph in made, f"at {stage} nobody compiles this ahead:\n{graph[0]}\n{graph[1]}"
-        assert len(made) == len(wanted), f"at {stage} something is compiled that no step needs"
+        for share in ahead.shares(7):
+            ahead.take_over(distillation, stage, share)
+        seen[:] = []
+        distillation.begin(stage, compiled=True)
+        distillation.step()
+        assert not seen, f"at {stage} the step compiles this once more:\n{seen[0][0]}"
+
+
+def test_what_is_unfilled_has_the_layout_of_what_would_be_computed():
+    x, weight = torch.rand(2, 3, 5), torch.rand(4, 3, requires_grad=True)
+
+    def function(x):
+        y = (weight @ x).transpose(1, 2)
+        return y.bfloat16(), [y, x > 0.5], "a name"
+
+    computed, made = function(x), ahead.unfilled(function, x)
+    assert made[2] == "a name"
+    for one, other in zip([computed[0], *computed[1]], [made[0], *made[1]]):
+        assert describe(one) == describe(other) and one.device == other.device
+    assert made[0].is_leaf, "memory that nobody has filled in has no way back"
+
+
+class Network:
+    """x -> x² -> x²/2 -> x⁴/4 -> x⁴/8, in four pieces."""
+    PIECES = ("square", "halve")
+
+    def square(self, x):
+        return x * x
+
+    def halve(self, x):
+        return x / 2
+
+    def forward(self, x):
+        return self.halve(self.square(self.halve(self.square(x))))
+
+
+def test_only_a_share_of_the_pieces_is_run():
+    """What stands for the compiled programs notes their calls and their ways back."""
+    network, calls, ways_back = Network(), [], []
+
+    def program(name, x):
+        calls.append(name)
+        result = getattr(Network, name)(network, x)
+        if result.requires_grad:
+            result.register_hook(lambda gradient: ways_back.append(name))
+        return result
+
+    network.square = square = partial(program, "square")
+    network.halve = partial(program, "halve")
+    shares = {0: ["square", "halve"], 1: ["halve"], 2: ["square"]}
+    for number, share in shares.items():
+        calls.clear()
+        ways_back.clear()
+        with ahead.only(network, number, 3):
+            network.forward(torch.ones(2, requires_grad=True))
+        assert calls == ways_back == share, f"share {number} of 3"
+        with ahead.only(network, number, 3), torch.no_grad():
+            network.forward(torch.ones(2))
+        assert calls == 2 * share and ways_back == share
+    assert network.square is square, "the network is not put back"
+
+
+def test_seven_processes_share_out_what_three_do():
+    for processes in (0, 2):
+        assert ahead.shares(processes) == []
+    three, seven = ahead.shares(3), ahead.shares(7)
+    assert ahead.shares(6) == three and ahead.shares(40) == seven
+    assert len(three) == 3 and len(seven) == 7
+    for shares in (three, seven):
+        assert {part for part, _, _ in shares} == {"field", "encoder", "unet"}
+        for part, _, count in shares:
+            numbers = [number for name, number, _ in shares if name == part]
+            assert numbers == list(range(count)), f"a share of {part} is missing, or there twice"
+
+
+# What workers do in the tests below, in place of `ahead.compile_share`.
+
+def compile_share(distillation, part, number, count):
+    globals()[part](distillation)
 
 
 def note_stage(distillation):
-    """Half of a step that only says for what it was asked."""
     weights = next(distillation.model.parameters())
     compiled = distillation.rendering != distillation.render_images
+    shape = tuple(distillation.context.shape)
     with open(os.environ["NOTES"], "a") as file:
-        print(distillation.stage.size, weights.device, weights.dtype, compiled, file=file)
+        print(distillation.stage.size, weights.device, weights.dtype, shape, compiled, file=file)
 
 
 def fail_at_the_second_stage(distillation):
@@ -108,123 +198,128 @@ def fail_at_the_second_stage(distillation):
 
 
 def work_on(distillation):
-    """Half of a step that does not end, at the second stage."""
+    """Does not end, at the second stage."""
     if distillation.stage.size == 16:
         time.sleep(600)
 
 
 @pytest.fixture
 def start(model_file, monkeypatch):
-    """A function that starts workers on the CPU, which run these halves in place of real ones."""
-    monkeypatch.setattr(ahead, "has_room", lambda device: True)
-    s, config = settings(), MVDream.load(model_file).config
-    context = torch.zeros(2, config.text.context_length, config.text.width, dtype=torch.bfloat16)
+    """A function that starts workers on the CPU, a process for each of these functions."""
+    monkeypatch.setattr(ahead, "room", lambda device: 8)
+    config = MVDream.load(model_file).config
+    code = "import test_ahead; from mvd import ahead; ahead.compile_share = test_ahead.compile_share"
+    monkeypatch.setattr(ahead, "COMMAND", [sys.executable, "-c", code + "; ahead.main()"])
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
 
-    def start(*halves, progress=0.0):
-        monkeypatch.setattr(ahead, "HALVES", {half.__name__: half for half in halves})
-        code = "import test_ahead; from mvd import ahead; "
-        for half in halves:
-            code += f"ahead.HALVES['{half.__name__}'] = test_ahead.{half.__name__}; "
-        monkeypatch.setattr(ahead, "COMMAND", [sys.executable, "-c", code + "ahead.main()"])
-        monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-        return ahead.workers(True, s, config, context, progress)
+    def start(*functions):
+        shares = [(function.__name__, 0, 1) for function in functions]
+        monkeypatch.setattr(ahead, "shares", lambda processes: shares)
+        return ahead.workers(True, settings(), config, torch.bfloat16, torch.device("cpu"))
 
     return start
 
 
 def test_a_worker_takes_the_stages_in_turn(start, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
-    with start(note_stage, fail_at_the_second_stage) as processes:
-        assert not ahead.ready(processes, last=False), "they have just begun"
-        assert not ahead.ready(processes, last=True)
-        for process in processes:
-            process.wait(120)
-        assert ahead.ready(processes, last=False) and ahead.ready(processes, last=True)
-        reports = [process.stdout.read() for process in processes]
-    assert reports == [b"..", b"."], "a byte for each stage, and nothing else"
-    assert [process.returncode for process in processes] == [0, 1]
+    coarse, fine = sds.stages(settings())
+    with start(note_stage, fail_at_the_second_stage) as workers:
+        assert ahead.finished(workers, coarse) == [], "they have just begun"
+        assert ahead.missing(workers, coarse) and ahead.missing(workers, fine)
+        for worker in workers:
+            worker.process.wait(120)
+        both = [("note_stage", 0, 1), ("fail_at_the_second_stage", 0, 1)]
+        assert ahead.finished(workers, coarse) == both
+        assert ahead.finished(workers, coarse) == [], "told twice"
+        assert ahead.missing(workers, fine) and not ahead.missing(workers, coarse)
+        assert ahead.finished(workers, fine) == both, "the one has it, the other gave it up"
+        assert not ahead.missing(workers, fine)
+    assert [worker.process.returncode for worker in workers] == [0, 1]
     notes = (tmp_path / "notes").read_text().splitlines()
-    assert notes == [f"{size} meta torch.bfloat16 True" for size in (8, 16)]
+    assert [line.split()[0] for line in notes] == ["8", "16"]
+    assert all("meta torch.bfloat16 (2, " in line and line.endswith("True") for line in notes)
     assert capfd.readouterr() == ("", ""), "a worker writes into the run's own output"
 
 
 def test_a_worker_ends_with_its_run(start):
     """When the context is left, and also when the run was killed: then its pipe is closed."""
-    with start(work_on) as (process,):
+    with start(work_on) as (worker,):
+        process = worker.process
         assert os.getsid(process.pid) != os.getsid(0), "Ctrl-C would reach it"
         assert process.stdout.read(1) == b".", "it has failed"
         process.stdin.close()
         assert process.wait(120) == 1
     with pytest.raises(KeyError):
-        with start(work_on) as (process,):
+        with start(work_on) as (worker,):
             raise KeyError
-    assert process.returncode == -signal.SIGKILL
-
-
-def test_stages_that_are_over_are_not_compiled(start, monkeypatch):
-    jobs = []
-    monkeypatch.setattr(ahead, "start", lambda job: jobs.append(job) or finished())
-    for progress, sizes in ((0.0, [8, 16]), (0.49, [8, 16]), (0.5, [16])):
-        jobs.clear()
-        with start(note_stage, work_on, progress=progress) as processes:
-            assert len(processes) == 2
-        for job in jobs:
-            assert [stage.size for stage in job["stages"]] == sizes
-
-
-def finished():
-    return subprocess.Popen([sys.executable, "-c", ""], start_new_session=True)
+    assert worker.process.returncode == -signal.SIGKILL
 
 
 def test_workers_are_started_only_where_there_is_room(model_file, monkeypatch):
-    free, cores = 64 << 30, 16
+    free, cores, started = 64 << 30, 16, []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 << 30))
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(cores))
-    assert ahead.has_room("cuda")
+    assert ahead.room("cuda") == 8
+    free = ahead.RUN + 3 * ahead.EACH
+    assert ahead.room("cuda") == 3
+    free, cores = 64 << 30, 6
+    assert ahead.room("cuda") == 3
     free = 1 << 30
-    assert not ahead.has_room("cuda")
-    free, cores = 64 << 30, 2
-    assert not ahead.has_room("cuda")
-    config, context = MVDream.load(model_file).config, torch.zeros(2, 7, 16)
-    for wanted, cores in ((True, 2), (False, 16)):
-        with ahead.workers(wanted, settings(), config, context, 0.0) as processes:
-            assert processes == []
-    assert ahead.ready([], last=False) and ahead.ready([], last=True), "nobody is waited for"
+    assert ahead.room("cuda") < 1
+
+    def count(wanted, processes):
+        started.clear()
+        monkeypatch.setattr(ahead, "room", lambda device: processes)
+        config = MVDream.load(model_file).config
+        with ahead.workers(wanted, settings(), config, torch.float32, "cuda:0") as workers:
+            assert len(workers) == len(started)
+            assert [job["share"] for job in started] == [worker.share for worker in workers]
+        return len(started)
+
+    monkeypatch.setattr(ahead, "start", lambda job: started.append(job) or ended())
+    assert [count(True, n) for n in (-1, 2, 3, 6, 7, 30)] == [0, 0, 3, 3, 7, 7]
+    assert count(False, 8) == 0
+
+
+def ended():
+    return subprocess.Popen([sys.executable, "-c", ""], start_new_session=True)
 
 
 @pytest.fixture
 def tuned():
-    """Settings as of `ahead.compile_stages`: the cache goes by them. They are put back."""
+    """A function that tunes PyTorch as `ahead.compile_stages` does; then all is put back."""
     search, precision = torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision()
-    tune_cuda(tf32=False)
-    yield
+    yield tune_cuda
     torch.backends.cudnn.benchmark = search
     torch.set_float32_matmul_precision(precision)
 
 
 @pytest.mark.parametrize(
-    "device",
+    "device, dtype, processes",
     [
-        pytest.param("cpu", marks=pytest.mark.slow),
-        pytest.param("cuda:0", marks=pytest.mark.gpu),
+        pytest.param("cpu", torch.float32, 3, marks=pytest.mark.slow),
+        pytest.param("cuda:0", torch.bfloat16, 7, marks=pytest.mark.gpu),
     ],
 )
-def test_the_run_finds_everything_in_the_cache(model_file, device, tuned, tmp_path, monkeypatch):
+def test_the_run_finds_everything_in_the_cache(
+    model_file, device, dtype, processes, tuned, tmp_path, monkeypatch
+):
     """With PyTorch's own compiler. On a CPU it takes minutes, and a compiler of C++."""
     from torch._dynamo.utils import counters
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as here; code for a CPU depends on it
-    monkeypatch.setattr(ahead, "has_room", lambda device: True)
+    monkeypatch.setattr(ahead, "room", lambda device: processes)
+    tuned(tf32=dtype != torch.float32)  # the cache goes by it
     s = settings()
-    model = MVDream.load(model_file, torch.device(device))
+    model = MVDream.load(model_file, torch.device(device), dtype)
     with torch.no_grad():
         context = model.embed([s.prompt, s.negative])
     model.to(memory_format=torch.channels_last)
-    with ahead.workers(True, s, model.config, context, 0.0) as processes:
-        for process in processes:
-            assert process.wait(600) == 0, "a worker has failed"
+    with ahead.workers(True, s, model.config, dtype, model.device) as workers:
+        for worker in workers:
+            assert worker.process.wait(600) == 0, f"the worker of {worker.share} has failed"
     torch.compiler.reset()
     counters.clear()
     distillation = sds.Distillation(s, model, context)
@@ -234,4 +329,4 @@ def test_the_run_finds_everything_in_the_cache(model_file, device, tuned, tmp_pa
             distillation.begin(stage, compiled=True)
             distillation.step()
     found = counters["inductor"]
-    assert found["fxgraph_cache_hit"] >= 6 and not found["fxgraph_cache_miss"], dict(found)
+    assert found["fxgraph_cache_hit"] >= 16 and not found["fxgraph_cache_miss"], dict(found)

@@ -440,7 +440,7 @@ def test_the_compiler_takes_over_after_the_first_picture(start, monkeypatch, tmp
     monkeypatch.setattr(distill, "can_compile", lambda device: True)
     monkeypatch.setattr(distill, "FIRST_LOOK", 2)
     monkeypatch.setattr(distill, "COMPILE_FROM", 1)
-    monkeypatch.setattr(ahead, "has_room", lambda device: False)
+    monkeypatch.setattr(ahead, "room", lambda device: 0)
     step, seen = sds.Distillation.step, []
 
     def recording(distillation):
@@ -461,27 +461,47 @@ def test_the_compiler_takes_over_after_the_first_picture(start, monkeypatch, tmp
 
 
 @pytest.mark.parametrize(
-    "ready_from, switches",
+    "ready_from, switches, taken",
     [
-        (2, [(False, 8), (False, 8), (True, 8), (True, 16), (True, 16), (True, 16)]),
-        (4, [(False, 8), (False, 8), (False, 8), (False, 16), (True, 16), (True, 16)]),
-        (9, [(False, 8), (False, 8), (False, 8), (False, 16), (False, 16), (False, 16)]),
+        (
+            dict(a=(2, 2), b=(2, 3)),
+            [(False, 8), (False, 8), (True, 8), (True, 16), (True, 16), (True, 16)],
+            [(2, 8, "a"), (2, 8, "b")],
+        ),
+        (
+            dict(a=(0, 4), b=(3, 5)),
+            [(False, 8), (False, 8), (False, 8), (True, 16), (True, 16), (True, 16)],
+            [(2, 8, "a")],
+        ),
+        ({}, [(False, 8), (False, 8), (True, 8), (True, 16), (True, 16), (True, 16)], []),
     ],
 )
-def test_the_run_goes_on_until_the_workers_are_ready(start, ready_from, switches, monkeypatch):
-    """Nothing is compiled here: only when that would be is noted."""
-    asked, waited, seen, left = [], [], [], []
+def test_the_run_goes_on_until_the_workers_are_ready(
+    start, ready_from, switches, taken, monkeypatch
+):
+    """Nothing is compiled here: only when that would be is noted.
+
+    ready_from: the steps before which a worker, a or b, has finished its two stages. At half-time,
+    before step 3, the run compiles what is missing itself.
+    """
+    told, took, seen, left = set(), [], [], []
+
+    def is_ready(worker, stage):
+        return len(seen) >= ready_from[worker][stage.size // 16]
 
     @contextlib.contextmanager
     def workers(wanted, *rest):
         assert wanted
-        yield ["a process"]
+        yield list(ready_from)
         left.append(True)
 
-    def ready(processes, last):
-        assert processes == ["a process"]
-        asked.append(last)
-        return len(seen) >= ready_from
+    def finished(beside, stage):
+        news = [w for w in beside if is_ready(w, stage) and (w, stage) not in told]
+        told.update((w, stage) for w in news)
+        return news
+
+    def missing(beside, stage):
+        return not all(is_ready(w, stage) for w in beside)
 
     def begin(distillation, stage, compiled=False):
         distillation.noted = compiled, stage.size
@@ -494,18 +514,39 @@ def test_the_run_goes_on_until_the_workers_are_ready(start, ready_from, switches
     real_begin, real_step = sds.Distillation.begin, sds.Distillation.step
     monkeypatch.setattr(sds.Distillation, "begin", begin)
     monkeypatch.setattr(sds.Distillation, "step", step)
-    monkeypatch.setattr(MVDream, "compile_networks", lambda model: None)
+    monkeypatch.setattr(MVDream, "compile_networks", lambda model: took.append((len(seen), "all")))
     monkeypatch.setattr(distill, "can_compile", lambda device: True)
     monkeypatch.setattr(distill, "FIRST_LOOK", 2)
     monkeypatch.setattr(distill, "COMPILE_FROM", 1)
     monkeypatch.setattr(ahead, "workers", workers)
-    monkeypatch.setattr(ahead, "ready", ready)
-    monkeypatch.setattr(ahead, "wait", lambda processes: waited.append(len(seen)))
+    monkeypatch.setattr(ahead, "finished", finished)
+    monkeypatch.setattr(ahead, "missing", missing)
+    monkeypatch.setattr(
+        ahead, "take_over", lambda d, stage, worker: took.append((len(seen), stage.size, worker))
+    )
     assert start("run") == 0
     assert seen == switches
-    assert asked == [len_ >= 3 for len_ in range(2, min(ready_from, 5) + 1)]
-    assert waited == ([3] if ready_from == 2 else []), "half-time comes while they still compile"
+    assert took == [(2, "all"), *taken], "the networks are to be compiled first, and once"
     assert left, "the workers are left behind"
+
+
+def test_a_resumed_run_starts_no_workers(start, monkeypatch):
+    """What was compiled for it before is on disk."""
+    asked = []
+
+    @contextlib.contextmanager
+    def workers(wanted, *rest):
+        asked.append(wanted)
+        yield []
+
+    monkeypatch.setattr(ahead, "workers", workers)
+    monkeypatch.setattr(distill, "can_compile", lambda device: True)
+    monkeypatch.setattr(distill, "COMPILE_FROM", 2)
+    assert start("run", "--steps", "2") == 0
+    assert start("run", "--steps", "2", "--resume") == 0
+    assert start("short", "--steps", "1") == 0
+    assert start("uncompiled", "--steps", "2", "--no-compile") == 0
+    assert asked == [True, False, False, False]
 
 
 def test_the_model_is_asked_with_cameras_or_without(start, asked):

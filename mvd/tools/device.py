@@ -188,7 +188,7 @@ def load_optimizer(optimizer, state):
 
 # ---- CUDA graphs -----------------------------------------------------------------------------
 
-# So many calls of a GraphedStep run eagerly before it is captured.
+# So many calls of a GraphedStep run eagerly before it is captured. One will do where nothing learns.
 EAGER_CALLS = 3
 
 
@@ -198,7 +198,7 @@ class GraphedStep:
     step: a function of tensors that trains or predicts, and returns a tensor, a tuple of them or
     None. Its shapes must not change, and it must never wait for the device.
 
-    On CUDA the first EAGER_CALLS calls run eagerly, as the allocator, the compiler and the
+    On CUDA the first `eager` calls run as they are, as the allocator, the compiler and the
     optimizer's state need. Then the step is captured. From then on a call copies its arguments
     to where the graph reads them, replays the graph, and returns the same tensor with new
     numbers; the step's Python code does not run any more. On other devices every call runs the
@@ -208,16 +208,17 @@ class GraphedStep:
     `torch.cuda.graph_pool_handle()`.
     """
 
-    def __init__(self, step, device, pool=None):
+    def __init__(self, step, device, pool=None, eager=EAGER_CALLS):
         self.step = step
         self.pool = pool
+        self.eager = eager
         self.cuda = device.type == "cuda"
         self.calls = 0
         self.graph = None
 
     def __call__(self, *arguments):
         self.calls += 1
-        if not self.cuda or self.calls <= EAGER_CALLS:
+        if not self.cuda or self.calls <= self.eager:
             return self.step(*arguments)
         if self.graph is None:
             self.capture(arguments)
@@ -240,10 +241,10 @@ class GraphedStep:
 
 
 @functools.cache
-def stream_of(device):
-    """Return the stream of `side_stream`.
+def stream_of(device, number=0):
+    """Return the stream of `side_stream`, number 0, or one of those of `side_by_side`.
 
-    There is one per device, since cuBLAS keeps a workspace for every stream that it has seen.
+    They are always the same, since cuBLAS keeps a workspace for every stream that it has seen.
     """
     return torch.cuda.Stream(device)
 
@@ -263,3 +264,28 @@ def side_stream(device):
     with torch.cuda.stream(stream):
         yield
     before.wait_stream(stream)
+
+
+def side_by_side(function, inputs):
+    """Return [function(x) for x in inputs]; on CUDA the calls run at the same time, and so do their
+    ways back.
+
+    What waits for memory in one call then fills the time in which another one computes. function:
+    of a tensor, and returns one.
+    """
+    if inputs[0].device.type != "cuda" or len(inputs) == 1:
+        return [function(x) for x in inputs]
+    here = torch.cuda.current_stream()
+    streams = [stream_of(x.device, number) for number, x in enumerate(inputs, 1)]
+    results = []
+    for x, stream in zip(inputs, streams):
+        stream.wait_stream(here)
+        with torch.cuda.stream(stream):
+            result = function(x)
+        # Else their memory is used again when this stream has done with it, and not the other.
+        x.record_stream(stream)
+        result.record_stream(here)
+        results.append(result)
+    for stream in streams:
+        here.wait_stream(stream)
+    return results
