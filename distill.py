@@ -260,6 +260,8 @@ def distill(s, context, model, out, state=None, beside=()):
     coarse, fine = sds.stages(s)
     worth_it = worth_compiling(s, s.steps - start, device)
     stage, compiled = None, False
+    if worth_it:
+        model.compile_networks()
 
     with cli.interrupt_flag() as interrupted, side_stream(device):
         bar = tqdm(range(start, s.steps), initial=start, total=s.steps, desc=s.prompt)
@@ -267,13 +269,9 @@ def distill(s, context, model, out, state=None, beside=()):
             progress = step / s.steps
             wanted = fine if progress >= s.fine_from else coarse
             compile_now = compiled
-            if worth_it and step - start == FIRST_LOOK:
-                model.compile_networks()
-            if worth_it and step - start >= FIRST_LOOK and not compiled:
-                for share in ahead.finished(beside, wanted):
-                    ahead.take_over(distillation, wanted, share)
-                # At half-time nothing is waited for.
-                compile_now = wanted != stage or not ahead.missing(beside, wanted)
+            if worth_it and step >= FIRST_LOOK and not compiled:
+                # A new stage waits for nobody.
+                compile_now = wanted != stage or ahead.catch_up(distillation, beside)
             if (wanted, compile_now) != (stage, compiled):
                 stage, compiled = wanted, compile_now
                 # First free the earlier step: its graph takes as much memory as the next one's.
@@ -284,7 +282,8 @@ def distill(s, context, model, out, state=None, beside=()):
             distillation.anneal(progress)
             if step % s.occupancy_every == 0:
                 visits[progress < s.occupancy_warm_up]()
-            result = take_step()
+            with torch.compiler.set_stance("default" if compiled else "force_eager"):
+                result = take_step()
             done = step + 1
             if done % LOG_EVERY == 0 or done == s.steps:
                 log_step(out, done, result, distillation)
@@ -369,9 +368,9 @@ def main(argv=None):
     device = choose_device(s.device)
     dtype = choose_dtype(s.dtype, device)
     tune_cuda(tf32=dtype != torch.float32)
-    # A run that is resumed finds on disk what was compiled for it.
-    wanted = worth_compiling(s, s.steps, device) and not s.resume
-    with ahead.workers(wanted, s, read_config(s.model), dtype, device) as beside:
+    # A run that is resumed mostly finds on disk what was compiled for it; else it compiles alone.
+    helped = worth_compiling(s, s.steps, device) and not s.resume
+    with ahead.workers(helped, s, read_config(s.model), dtype, device) as beside:
         model = MVDream.load(s.model, device, dtype)
         context = embed(s, model)
         model.text = None  # its work is done, and at full size it takes 0.7 GiB

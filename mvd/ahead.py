@@ -1,17 +1,16 @@
 """Compile the steps of a distillation ahead, beside the run that is going to take them.
 
 torch.compile works in one thread of Python: more than a minute for the UNet, and as long again for
-the rest of a step. But it keeps what it has made on disk. So several processes share the parts of
-a step out among them and compile them, with weights that nobody has filled in, while the run takes
-uncompiled steps. Whenever one of them has finished, the run calls torch.compile for the same part
-and finds the result on disk; when all parts of a stage are there, its compiled steps begin.
+the rest of a step. But it keeps what it has made on disk. So several processes compile a share of a
+step each, with weights that nobody has filled in, while the run takes uncompiled steps. Whenever
+one of them has finished, the run calls torch.compile for the same share and finds the result on
+disk. When all shares are there, its compiled steps begin.
 
-The moment depends on how busy the computer is: one more reason why a seed does not repeat bit for
-bit on a GPU.
+The moments of all this depend on how busy the computer is, and each draws random numbers: one more
+reason why a seed does not repeat bit for bit on a GPU.
 """
 import contextlib
 import copy
-import itertools
 import json
 import os
 import select
@@ -33,19 +32,23 @@ from .model import MVDream, Uninitialised, compile_network
 from .tools.device import side_stream, tune_cuda
 
 COMMAND = [sys.executable, "-m", "mvd.ahead"]
-# Memory of the GPU, in bytes: what a process takes, what it may take at most, what the run takes.
-EACH = 3 << 30
-AT_MOST = 5 << 30
-RUN = 8 << 30
-# A process works in one thread; these compile for it what it has written for the GPU.
-THREADS = 4
+# Memory of the GPU, in bytes, that a process and the run need. The run's is for its graph and for
+# what it takes over beside it.
+MEMORY_OF_WORKER = 3 << 30
+MEMORY_OF_RUN = 8 << 30
+# CUDA itself takes so much of a process's memory.
+CONTEXT = 1 << 29
+# PyTorch translates what a process has compiled into the GPU's language in so many more.
+TRANSLATORS = 4
+# A process that has not ended by then, in seconds, hangs.
+PATIENCE = 600
 
 
 class Worker(NamedTuple):
-    """A process that compiles one share of one part of a step, stage after stage."""
+    """A process that compiles one share of a step, stage after stage."""
     process: subprocess.Popen
-    share: list     # as of `shares`
-    left: list      # Stages that it has not compiled yet; `finished` takes them off
+    share: tuple    # (part of the step, number, of how many), as of `shares`
+    left: list      # Stages of which it has not been heard yet; `collect` takes them off
 
 
 # ---- the run's side --------------------------------------------------------------------------
@@ -53,7 +56,7 @@ class Worker(NamedTuple):
 def shares(processes):
     """How so many processes share out a step: [(part, number, of how many)].
 
-    None if they are too few for its three parts.
+    Empty if they are too few for its three parts.
     """
     if processes >= 7:
         sizes = dict(field=1, encoder=2, unet=4)
@@ -64,13 +67,18 @@ def shares(processes):
     return [(part, number, size) for part, size in sizes.items() for number in range(size)]
 
 
+def spare_memory(device):
+    """Bytes of the GPU that are free, and that a run does not need. Nothing is loaded yet."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(0, free - MEMORY_OF_RUN)
+
+
 def room(device):
-    """How many processes can compile beside a run on this computer?"""
+    """How many processes can compile beside a run on this computer? They need a core or two each."""
     if sys.platform != "linux":
         return 0
-    torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info(device)
-    return min((free - RUN) // EACH, len(os.sched_getaffinity(0)) // 2)
+    cores = len(os.sched_getaffinity(0))
+    return min(spare_memory(device) // MEMORY_OF_WORKER, cores // 2)
 
 
 @contextlib.contextmanager
@@ -88,13 +96,20 @@ def workers(wanted, s, config, dtype, device):
     )
     started = []
     try:
-        for share in shares(room(device)) if wanted else []:
-            started.append(Worker(start(dict(job, share=share)), share, sds.stages(s)))
+        mine = shares(room(device)) if wanted else []
+        if mine:
+            # Should it need more than that, this process is to fail, and not the run.
+            job["memory"] = spare_memory(device) // len(mine) - CONTEXT
+        with contextlib.suppress(OSError):  # what is not started the run compiles itself
+            for share in mine:
+                started.append(Worker(start(dict(job, share=share)), share, sds.stages(s)))
         yield started
     finally:
         for process, _, _ in started:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)  # with what it has started
+            process.stdin.close()
+            process.stdout.close()
             process.wait()
 
 
@@ -106,7 +121,8 @@ def start(job):
     process = subprocess.Popen(
         COMMAND,
         cwd=Path(__file__).parents[1],
-        env=dict(os.environ, TORCHINDUCTOR_COMPILE_THREADS=str(THREADS)),
+        env=dict(os.environ, TORCHINDUCTOR_COMPILE_THREADS=str(TRANSLATORS)),
+        bufsize=0,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -114,11 +130,10 @@ def start(job):
     )
     with contextlib.suppress(BrokenPipeError):  # it has ended already
         process.stdin.write(json.dumps(job).encode() + b"\n")
-        process.stdin.flush()
     return process
 
 
-def finished(started, stage):
+def collect(started, stage):
     """The shares of this stage that have been compiled since the last call.
 
     Or given up: a process that has ended says so of all that it has left.
@@ -132,18 +147,22 @@ def finished(started, stage):
     return news
 
 
-def missing(started, stage):
-    """Is some of this stage still being compiled?"""
-    return any(stage in worker.left for worker in started)
-
-
-def take_over(distillation, stage, share):
-    """Make what a worker has compiled, or has given up, the run's own."""
-    one = copy.copy(distillation)
-    one.begin(stage, compiled=True)
-    compile_share(one, *share)
-    one.optimizer.zero_grad(set_to_none=True)
+def take_over(distillation, share):
+    """Make what a worker has compiled, or has given up, of this stage the run's own."""
+    # A copy, since `begin` would change the step that the run still takes.
+    apart = copy.copy(distillation)
+    apart.begin(distillation.stage, compiled=True)
+    compile_share(apart, *share)
+    distillation.optimizer.zero_grad(set_to_none=True)  # the field is to learn nothing from it
     torch.cuda.empty_cache()
+
+
+def catch_up(distillation, started):
+    """Take over what has been compiled since the last call: is the whole stage compiled now?"""
+    stage = distillation.stage
+    for share in collect(started, stage):
+        take_over(distillation, share)
+    return not any(stage in worker.left for worker in started)
 
 
 # ---- both sides: how a part is compiled ------------------------------------------------------
@@ -164,14 +183,16 @@ def unfilled(function, *arguments):
 def only(network, number, count):
     """Within this context a compiled network runs a share of its pieces, and no others.
 
-    These are, in the order of its calls, the pieces `number`, `number + count`, and so on. Their
-    way back is run at once, so that it is compiled, too.
+    These are, in the order of its calls, the pieces `number`, `number + count`, and so on. Where
+    gradients are wanted, as in the encoder, a piece returns one tensor, and its way back is run at
+    once, so that it is compiled, too.
     """
     programs = {name: getattr(network, name) for name in network.PIECES}
-    calls = itertools.count()
+    called = []
 
     def choose(name, *arguments):
-        if next(calls) % count != number:
+        called.append(name)
+        if (len(called) - 1) % count != number:
             return unfilled(getattr(type(network), name), network, *arguments)
         result = programs[name](*arguments)
         if torch.is_grad_enabled():
@@ -209,18 +230,17 @@ def compile_share(distillation, part, number, count):
 
 # ---- in a process of its own -----------------------------------------------------------------
 
-def compile_stages(report, share, settings, config, dtype, device):
+def compile_stages(report, share, memory, settings, config, dtype, device):
     """Compile a share of a step for each stage, and call `report` after each.
 
-    share: as of `shares`; the others as `workers` makes them, which is JSON.
+    share: as of `shares`; memory: bytes; the others as `workers` makes them, which is JSON.
     """
     device, dtype = torch.device(device), getattr(torch, dtype)
     tune_cuda(tf32=dtype != torch.float32)
     torch.backends.cudnn.benchmark = False  # what runs once is not worth a search
     if device.type == "cuda":
-        # Should it need more than that, this process is to fail, and not the run.
         _, total = torch.cuda.mem_get_info(device)
-        torch.cuda.set_per_process_memory_fraction(min(1.0, AT_MOST / total), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, memory / total), device)
     with torch.device("meta"), Uninitialised():
         model = MVDream(presets.from_header(config)).to(dtype).requires_grad_(False).eval()
     part, _, _ = share
@@ -246,12 +266,13 @@ def main():
     ends when its stdin closes, which happens however the run ends.
     """
     done = os.dup(1)
-    os.dup2(2, 1)  # stderr leads nowhere
+    os.dup2(2, 1)  # what is printed goes where errors go: nowhere
+    signal.alarm(PATIENCE)  # ends it
     job = json.loads(sys.stdin.buffer.readline())
 
     def end_with_the_run():
         os.read(0, 1)  # returns when nobody can write any more
-        os._exit(1)
+        os.killpg(0, signal.SIGKILL)  # this process, and what it has started
 
     threading.Thread(target=end_with_the_run, daemon=True).start()
     compile_stages(lambda: os.write(done, b"."), **job)

@@ -36,7 +36,7 @@ FUSION = {
     # Trying other loop orders is a tenth of the time to compile, and gains nothing here.
     "loop_ordering_after_fusion": False,
 }
-# So many programs of one method are kept; then PyTorch would give up and run it uncompiled.
+# After so many programs of one method PyTorch gives up and runs it uncompiled.
 PROGRAMS = 64
 
 
@@ -135,11 +135,12 @@ def compile_network(network):
     """Let torch.compile fuse the operations of a network, in place, when it runs.
 
     Each method in its PIECES becomes a program of its own, for each shape that it meets. The first
-    one takes about a minute in all, or less where several processes share the pieces (ahead.py).
-    The weights are laid out as a GPU's fast convolutions want them, channels last.
+    shape takes about a minute for all of them, or less where several processes share them
+    (ahead.py). The weights are laid out as a GPU's fast convolutions want them, channels last.
     """
     network.to(memory_format=torch.channels_last)
-    torch._dynamo.config.recompile_limit = PROGRAMS
+    # For all that is compiled in this process. Later versions call it recompile_limit, too.
+    torch._dynamo.config.cache_size_limit = PROGRAMS
     for name in network.PIECES:
         program = torch.compile(getattr(type(network), name), dynamic=False, options=FUSION)
         setattr(network, name, MethodType(program, network))
@@ -359,8 +360,8 @@ class MVDream(nn.Module):
             azimuths = azimuth + torch.arange(views) * span / views
             camera = cameras.extrinsics(cameras.orbit(elevation, azimuths)).to(device)  # [V, 16]
             camera = camera.repeat(B, 1, 1)
-        context = self.embed(prompts + [negative])  # [B + 1, L, D]
-        context = torch.cat([context, context[-1:].expand(B - 1, -1, -1)])  # [2B, L, D]
+        text = self.embed(prompts + [negative])  # [B + 1, L, D]
+        context = torch.cat([text[:-1], text[-1:].expand(B, -1, -1)])  # [2B, L, D]
 
         def guided_noise(x, t):
             eps, conditional = diffusion.guided_noise(

@@ -301,7 +301,7 @@ class MultiViewUNet(nn.Module):
 
     `forward` is made of PIECES, which a compiler takes one by one (`model.compile_network`).
     """
-    PIECES = ("condition", "descend", "ascend", "leave")
+    PIECES = ("condition", "descend", "cross", "ascend", "leave")
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -372,7 +372,8 @@ class MultiViewUNet(nn.Module):
     def condition(self, t, context, camera, views):
         """What all blocks are told of time, camera and text: embedding [B·V, E], context.
 
-        Arguments as of `forward`. context [B, L, D], or [B·V, L + 1, D] with a token for the camera.
+        Arguments as of `forward`. The context is [B, L, D], or [B·V, L + 1, D] if the camera is a
+        token.
         """
         dtype = self.conv_out.weight.dtype
         context = context.to(dtype)
@@ -385,7 +386,10 @@ class MultiViewUNet(nn.Module):
         return embedding.flatten(0, 1), context
 
     def levels(self, blocks):
-        """The blocks of the encoder or of the decoder, those of a level together."""
+        """The blocks of the encoder or of the decoder, those of a level together.
+
+        What halves the resolution counts to the level below it, what doubles it to the one it ends.
+        """
         count = self.config.num_res_blocks + 1
         return [blocks[i : i + count] for i in range(0, len(blocks), count)]
 
@@ -396,6 +400,12 @@ class MultiViewUNet(nn.Module):
             h = block(h, *told)
             results.append(h)
         return results
+
+    def cross(self, h, *told):
+        """The blocks of the middle in turn: h [B·V, C, h, w] -> the same shape."""
+        for block in self.middle:
+            h = block(h, *told)
+        return h
 
     def ascend(self, blocks, h, skips, *told):
         """Blocks of the decoder in turn; each also sees what its twin in the encoder has made."""
@@ -422,7 +432,7 @@ class MultiViewUNet(nn.Module):
         for blocks in self.levels(self.encoder):
             skips += self.descend(blocks, h, *told)
             h = skips[-1]
-        *_, h = self.descend(self.middle, h, *told)
+        h = self.cross(h, *told)
         for blocks in self.levels(self.decoder):
             h = self.ascend(blocks, h, [skips.pop() for _ in blocks], *told)
         return self.leave(h).unflatten(0, (B, V))

@@ -461,47 +461,28 @@ def test_the_compiler_takes_over_after_the_first_picture(start, monkeypatch, tmp
 
 
 @pytest.mark.parametrize(
-    "ready_from, switches, taken",
+    "ready_from, switches",
     [
-        (
-            dict(a=(2, 2), b=(2, 3)),
-            [(False, 8), (False, 8), (True, 8), (True, 16), (True, 16), (True, 16)],
-            [(2, 8, "a"), (2, 8, "b")],
-        ),
-        (
-            dict(a=(0, 4), b=(3, 5)),
-            [(False, 8), (False, 8), (False, 8), (True, 16), (True, 16), (True, 16)],
-            [(2, 8, "a")],
-        ),
-        ({}, [(False, 8), (False, 8), (True, 8), (True, 16), (True, 16), (True, 16)], []),
+        (3, [(False, 8), (False, 8), (False, 8), (True, 16), (True, 16), (True, 16)]),
+        (2, [(False, 8), (False, 8), (True, 8), (True, 16), (True, 16), (True, 16)]),
+        # At half-time the run compiles what is missing itself.
+        (9, [(False, 8), (False, 8), (False, 8), (True, 16), (True, 16), (True, 16)]),
     ],
 )
-def test_the_run_goes_on_until_the_workers_are_ready(
-    start, ready_from, switches, taken, monkeypatch
-):
-    """Nothing is compiled here: only when that would be is noted.
-
-    ready_from: the steps before which a worker, a or b, has finished its two stages. At half-time,
-    before step 3, the run compiles what is missing itself.
-    """
-    told, took, seen, left = set(), [], [], []
-
-    def is_ready(worker, stage):
-        return len(seen) >= ready_from[worker][stage.size // 16]
+def test_the_run_goes_on_until_the_workers_are_ready(start, ready_from, switches, monkeypatch):
+    """Nothing is compiled here: only when that would be is noted."""
+    asked, seen, left, stances = [], [], [], []
 
     @contextlib.contextmanager
     def workers(wanted, *rest):
         assert wanted
-        yield list(ready_from)
+        yield ["a worker"]
         left.append(True)
 
-    def finished(beside, stage):
-        news = [w for w in beside if is_ready(w, stage) and (w, stage) not in told]
-        told.update((w, stage) for w in news)
-        return news
-
-    def missing(beside, stage):
-        return not all(is_ready(w, stage) for w in beside)
+    def catch_up(distillation, beside):
+        assert beside == ["a worker"]
+        asked.append(len(seen))
+        return len(seen) >= ready_from
 
     def begin(distillation, stage, compiled=False):
         distillation.noted = compiled, stage.size
@@ -511,27 +492,34 @@ def test_the_run_goes_on_until_the_workers_are_ready(
         seen.append(distillation.noted)
         return real_step(distillation)
 
+    def compile_networks(model):
+        assert not seen, "when the first step is taken all must be as it will be"
+        compiled.append(model)
+
+    compiled, set_stance = [], torch.compiler.set_stance
     real_begin, real_step = sds.Distillation.begin, sds.Distillation.step
     monkeypatch.setattr(sds.Distillation, "begin", begin)
     monkeypatch.setattr(sds.Distillation, "step", step)
-    monkeypatch.setattr(MVDream, "compile_networks", lambda model: took.append((len(seen), "all")))
+    monkeypatch.setattr(MVDream, "compile_networks", compile_networks)
+    monkeypatch.setattr(
+        torch.compiler, "set_stance", lambda stance: stances.append(stance) or set_stance(stance)
+    )
     monkeypatch.setattr(distill, "can_compile", lambda device: True)
     monkeypatch.setattr(distill, "FIRST_LOOK", 2)
     monkeypatch.setattr(distill, "COMPILE_FROM", 1)
+    monkeypatch.setattr(distill, "show_progress", lambda *rest: None)
     monkeypatch.setattr(ahead, "workers", workers)
-    monkeypatch.setattr(ahead, "finished", finished)
-    monkeypatch.setattr(ahead, "missing", missing)
-    monkeypatch.setattr(
-        ahead, "take_over", lambda d, stage, worker: took.append((len(seen), stage.size, worker))
-    )
+    monkeypatch.setattr(ahead, "catch_up", catch_up)
     assert start("run") == 0
     assert seen == switches
-    assert took == [(2, "all"), *taken], "the networks are to be compiled first, and once"
+    assert stances == ["default" if new else "force_eager" for new, _ in switches]
+    assert asked == [2], "only between the first picture and half-time, until all is there"
+    assert len(compiled) == 1
     assert left, "the workers are left behind"
 
 
 def test_a_resumed_run_starts_no_workers(start, monkeypatch):
-    """What was compiled for it before is on disk."""
+    """What was compiled for it before is on disk, as a rule."""
     asked = []
 
     @contextlib.contextmanager

@@ -188,7 +188,7 @@ def load_optimizer(optimizer, state):
 
 # ---- CUDA graphs -----------------------------------------------------------------------------
 
-# So many calls of a GraphedStep run eagerly before it is captured. One will do where nothing learns.
+# So many calls of a GraphedStep run eagerly before it is captured; one will do if nothing learns.
 EAGER_CALLS = 3
 
 
@@ -242,7 +242,7 @@ class GraphedStep:
 
 @functools.cache
 def stream_of(device, number=0):
-    """Return the stream of `side_stream`, number 0, or one of those of `side_by_side`.
+    """Return the stream of `side_stream`, number 0, or one of the two of `side_by_side`.
 
     They are always the same, since cuBLAS keeps a workspace for every stream that it has seen.
     """
@@ -267,22 +267,25 @@ def side_stream(device):
 
 
 def side_by_side(function, inputs):
-    """Return [function(x) for x in inputs]; on CUDA the calls run at the same time, and so do their
-    ways back.
+    """Return [function(x) for x in inputs]. On CUDA two calls run at a time, and so do their ways
+    back: while the one waits for memory, the other computes.
 
-    What waits for memory in one call then fills the time in which another one computes. function:
-    of a tensor, and returns one.
+    function: of a tensor, and returns a tensor.
     """
-    if inputs[0].device.type != "cuda" or len(inputs) == 1:
+    device = inputs[0].device
+    if device.type != "cuda" or len(inputs) == 1:
         return [function(x) for x in inputs]
-    here = torch.cuda.current_stream()
-    streams = [stream_of(x.device, number) for number, x in enumerate(inputs, 1)]
-    results = []
-    for x, stream in zip(inputs, streams):
+    here = torch.cuda.current_stream(device)
+    streams = [stream_of(device, 1), stream_of(device, 2)]
+    for stream in streams:
         stream.wait_stream(here)
+    results = []
+    for number, x in enumerate(inputs):
+        stream = streams[number % 2]
         with torch.cuda.stream(stream):
             result = function(x)
-        # Else their memory is used again when this stream has done with it, and not the other.
+        # Else the memory of x could be used anew before this stream has read it, and that of the
+        # result before the caller's stream has.
         x.record_stream(stream)
         result.record_stream(here)
         results.append(result)
