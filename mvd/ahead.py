@@ -83,7 +83,7 @@ def room(device):
 
 @contextlib.contextmanager
 def workers(wanted, s, config, dtype, device):
-    """Within this context processes compile for a run: [Worker], see `finished`.
+    """Within this context processes compile for a run: [Worker], see `collect`.
 
     There is none if they are not `wanted`, or if the computer has no room for them: then the run
     compiles alone. s: DistillSettings; config: ModelConfig; dtype, device: of the model.
@@ -96,12 +96,12 @@ def workers(wanted, s, config, dtype, device):
     )
     started = []
     try:
-        mine = shares(room(device)) if wanted else []
-        if mine:
+        planned = shares(room(device)) if wanted else []
+        if planned:
             # Should it need more than that, this process is to fail, and not the run.
-            job["memory"] = spare_memory(device) // len(mine) - CONTEXT
+            job["memory"] = spare_memory(device) // len(planned) - CONTEXT
         with contextlib.suppress(OSError):  # what is not started the run compiles itself
-            for share in mine:
+            for share in planned:
                 started.append(Worker(start(dict(job, share=share)), share, sds.stages(s)))
         yield started
     finally:

@@ -381,6 +381,7 @@ def test_the_run_finds_everything_in_the_cache(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as here; code for a CPU depends on it
     monkeypatch.setattr(ahead, "room", lambda device: processes)
+    monkeypatch.setattr(ahead, "spare_memory", lambda device: 32 << 30)
     tuned(tf32=dtype != torch.float32)  # the cache goes by it
     s = settings()
     model = MVDream.load(model_file, torch.device(device), dtype)

@@ -1,4 +1,5 @@
 """Devices, random states, memory that runs out, and steps captured as CUDA graphs."""
+import contextlib
 import dataclasses
 import re
 import runpy
@@ -250,3 +251,99 @@ def train_on_cuda(graphed):
 @pytest.mark.gpu
 def test_a_captured_step_trains_as_the_step_itself():
     assert train_on_cuda(True) == pytest.approx(train_on_cuda(False), rel=1e-5)
+
+
+class Stream:
+    """Stands for a stream of CUDA: notes in `log` what waits for what."""
+
+    def __init__(self, name, log):
+        self.name = name
+        self.log = log
+
+    def wait_stream(self, other):
+        self.log.append(f"{self.name} waits for {other.name}")
+
+
+class Picture:
+    """Stands for a tensor on a GPU: notes in `log` which stream uses its memory."""
+    device = torch.device("cuda")
+
+    def __init__(self, name, log):
+        self.name = name
+        self.log = log
+
+    def record_stream(self, stream):
+        self.log.append(f"{self.name} is used on {stream.name}")
+
+
+def test_what_runs_side_by_side_waits_before_and_after(monkeypatch):
+    """On stand-ins, since this needs no GPU: the order of launches, waits and uses of memory."""
+    log = []
+    here, streams = Stream("here", log), {}
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: here)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: now(stream, log))
+    monkeypatch.setattr(
+        device, "stream_of", lambda _, n: streams.setdefault(n, Stream(f"stream {n}", log))
+    )
+
+    def encode(picture):
+        log.append(f"encode {picture.name}")
+        return Picture(picture.name.upper(), log)
+
+    results = device.side_by_side(encode, [Picture(name, log) for name in "abc"])
+    assert [picture.name for picture in results] == ["A", "B", "C"]
+    assert log[:2] == ["stream 1 waits for here", "stream 2 waits for here"]
+    assert log[-2:] == ["here waits for stream 1", "here waits for stream 2"]
+    for name, stream in zip("abc", ["stream 1", "stream 2", "stream 1"]):
+        launch = log.index(f"encode {name}")
+        assert log[launch - 1 : launch + 2] == [f"{stream} on", f"encode {name}", f"{stream} off"]
+        assert f"{name} is used on {stream}" in log, "its memory could be used anew too early"
+        assert f"{name.upper()} is used on here" in log
+    log.clear()
+    device.side_by_side(encode, [Picture("a", log)])
+    assert log == ["encode a"], "one call alone needs no stream"
+
+
+@contextlib.contextmanager
+def now(stream, log):
+    log.append(f"{stream.name} on")
+    yield
+    log.append(f"{stream.name} off")
+
+
+def test_without_a_gpu_calls_run_in_turn():
+    x = torch.arange(6.0).view(3, 2)
+    results = device.side_by_side(lambda row: 2 * row, x.split(1))
+    assert torch.equal(torch.cat(results), 2 * x)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("captured", [False, True])
+def test_calls_side_by_side_compute_what_calls_in_turn_do(captured):
+    """To the bit, with their gradients, many times over."""
+    cuda = torch.device("cuda")
+    torch.manual_seed(0)
+    weight = torch.randn(512, 512, device=cuda) / 20
+
+    def encode(x):
+        for _ in range(20):
+            x = torch.tanh(x @ weight)
+        return x
+
+    def with_gradient(x, calls):
+        x = x.detach().clone().requires_grad_()
+        result = torch.cat(calls(encode, x.split(1)))
+        return result.detach(), torch.autograd.grad(result.square().sum(), x)[0]
+
+    def step(x):
+        return with_gradient(x, device.side_by_side)
+
+    x = torch.randn(4, 512, 512, device=cuda)
+    with device.side_stream(cuda):
+        take_step = device.GraphedStep(step, cuda) if captured else step
+        for turn in range(100):
+            given = x * (turn + 1) / 100
+            found = take_step(given)
+            wanted = with_gradient(given, lambda f, inputs: [f(one) for one in inputs])
+            for one, other in zip(found, wanted):
+                assert torch.equal(one, other), f"turn {turn} differs"
