@@ -532,9 +532,10 @@ def test_a_resumed_run_starts_no_workers(start, monkeypatch):
     monkeypatch.setattr(distill, "COMPILE_FROM", 2)
     assert start("run", "--steps", "2") == 0
     assert start("run", "--steps", "2", "--resume") == 0
-    assert start("short", "--steps", "1") == 0
     assert start("uncompiled", "--steps", "2", "--no-compile") == 0
-    assert asked == [True, False, False, False]
+    assert asked == [True, False, False]
+    s = sds.DistillSettings("a red bulldog")
+    assert not distill.worth_compiling(s, 1, torch.device("cpu")), "too few steps are left"
 
 
 def test_the_model_is_asked_with_cameras_or_without(start, asked):
