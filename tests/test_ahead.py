@@ -208,9 +208,25 @@ def fail_at_the_second_stage(distillation):
 
 
 def work_on(distillation):
-    """Does not end, at the second stage."""
+    """Does not end, at the second stage, and has a helper that does not, either."""
     if distillation.stage.size == 16:
-        time.sleep(600)
+        helper = subprocess.Popen(["sleep", "600"])
+        Path(os.environ["NOTES"]).write_text(str(helper.pid))
+        helper.wait()
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes() != b""  # nothing for a dead process
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
 
 
 @pytest.fixture
@@ -295,14 +311,20 @@ def test_a_stage_that_is_over_is_not_taken_over(piped, monkeypatch):
     assert ahead.catch_up(SimpleNamespace(stage=fine), [a]) and took == [(fine, "a")]
 
 
-def test_a_worker_ends_with_its_run(start):
+def test_a_worker_and_its_helpers_end_with_its_run(start, tmp_path, monkeypatch):
     """When the context is left, and also when the run was killed: then its pipe is closed."""
+    notes = tmp_path / "notes"
+    monkeypatch.setenv("NOTES", str(notes))
     with start(work_on) as (worker,):
         process = worker.process
         assert os.getsid(process.pid) != os.getsid(0), "Ctrl-C would reach it"
         assert process.stdout.read(1) == b".", "it has failed"
+        assert wait_until(lambda: notes.exists() and notes.read_text())
+        helper = int(notes.read_text())
+        assert is_running(helper)
         process.stdin.close()
         assert process.wait(120) == -signal.SIGKILL, "it goes on without its run"
+        assert wait_until(lambda: not is_running(helper)), "its helper goes on"
     with pytest.raises(KeyError):
         with start(work_on) as (worker,):
             raise KeyError
