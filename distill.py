@@ -370,7 +370,7 @@ def main(argv=None):
     tune_cuda(tf32=dtype != torch.float32)
     # A run that is resumed mostly finds on disk what was compiled for it; else it compiles alone.
     helped = worth_compiling(s, s.steps, device) and not s.resume
-    with ahead.workers(helped, s, read_config(s.model), dtype, device) as beside:
+    with ahead.workers(helped, s, dtype, device) as beside:
         model = MVDream.load(s.model, device, dtype)
         context = embed(s, model)
         model.text = None  # its work is done, and at full size it takes 0.7 GiB

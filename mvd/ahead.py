@@ -28,8 +28,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from . import presets, sds
-from .model import MVDream, Uninitialised, compile_network
-from .tools.device import side_stream, tune_cuda
+from .model import MVDream, Uninitialised, compile_network, read_config
+from .tools.device import side_stream, tune_cuda, without_cudnn_search
 
 COMMAND = [sys.executable, "-m", "mvd.ahead"]
 # Memory of the GPU, in bytes, that a process and the run need. The run's is for its graph and for
@@ -74,7 +74,7 @@ def spare_memory(device):
 
 
 def room(device):
-    """How many processes can compile beside a run on this computer? They need a core or two each."""
+    """How many processes can compile beside a run on this computer? Each needs a core or two."""
     if sys.platform != "linux":
         return 0
     cores = len(os.sched_getaffinity(0))
@@ -82,24 +82,24 @@ def room(device):
 
 
 @contextlib.contextmanager
-def workers(wanted, s, config, dtype, device):
+def workers(wanted, s, dtype, device):
     """Within this context processes compile for a run: [Worker], see `collect`.
 
     There is none if they are not `wanted`, or if the computer has no room for them: then the run
-    compiles alone. s: DistillSettings; config: ModelConfig; dtype, device: of the model.
+    compiles alone. s: DistillSettings; dtype, device: of the model.
     """
-    job = dict(
-        settings=asdict(s),
-        config=presets.to_header(config),
-        dtype=str(dtype).removeprefix("torch."),
-        device=str(device),
-    )
+    planned = shares(room(device)) if wanted else []
     started = []
     try:
-        planned = shares(room(device)) if wanted else []
         if planned:
-            # Should it need more than that, this process is to fail, and not the run.
-            job["memory"] = spare_memory(device) // len(planned) - CONTEXT
+            job = dict(
+                settings=asdict(s),
+                config=presets.to_header(read_config(s.model)),
+                dtype=str(dtype).removeprefix("torch."),
+                device=str(device),
+                # Should it need more than that, this process is to fail, and not the run.
+                memory=spare_memory(device) // len(planned) - CONTEXT,
+            )
         with contextlib.suppress(OSError):  # what is not started the run compiles itself
             for share in planned:
                 started.append(Worker(start(dict(job, share=share)), share, sds.stages(s)))
@@ -237,7 +237,6 @@ def compile_stages(report, share, memory, settings, config, dtype, device):
     """
     device, dtype = torch.device(device), getattr(torch, dtype)
     tune_cuda(tf32=dtype != torch.float32)
-    torch.backends.cudnn.benchmark = False  # what runs once is not worth a search
     if device.type == "cuda":
         _, total = torch.cuda.mem_get_info(device)
         torch.cuda.set_per_process_memory_fraction(min(1.0, memory / total), device)
@@ -252,7 +251,7 @@ def compile_stages(report, share, memory, settings, config, dtype, device):
     context = torch.zeros(2, text.context_length, text.width, dtype=dtype, device=device)
     s = sds.DistillSettings(**settings)
     distillation = sds.Distillation(s, model, context)
-    with side_stream(device):
+    with side_stream(device), without_cudnn_search():  # what runs once is not worth it
         for stage in sds.stages(s):
             distillation.begin(stage, compiled=True)
             compile_share(distillation, *share)

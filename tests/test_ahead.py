@@ -234,7 +234,7 @@ def start(model_file, monkeypatch):
     """A function that starts workers on the CPU, a process for each of these functions."""
     monkeypatch.setattr(ahead, "room", lambda device: 8)
     monkeypatch.setattr(ahead, "spare_memory", lambda device: 64 << 30)
-    config = MVDream.load(model_file).config
+    s = settings(model=str(model_file))
     code = "import test_ahead; from mvd import ahead; ahead.compile_share = test_ahead.compile_share"
     monkeypatch.setattr(ahead, "COMMAND", [sys.executable, "-c", code + "; ahead.main()"])
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
@@ -242,7 +242,7 @@ def start(model_file, monkeypatch):
     def start(*functions):
         shares = [(function.__name__, 0, 1) for function in functions]
         monkeypatch.setattr(ahead, "shares", lambda processes: shares)
-        return ahead.workers(True, settings(), config, torch.bfloat16, torch.device("cpu"))
+        return ahead.workers(True, s, torch.bfloat16, torch.device("cpu"))
 
     return start
 
@@ -342,12 +342,12 @@ def test_workers_are_started_only_where_there_is_room(model_file, monkeypatch):
     assert ahead.room("cuda") == 3
     free = 1 << 30
     assert ahead.room("cuda") == 0
-    free, config = 64 << 30, MVDream.load(model_file).config
+    free, s = 64 << 30, settings(model=str(model_file))
 
     def count(wanted, processes):
         jobs.clear()
         monkeypatch.setattr(ahead, "room", lambda device: processes)
-        with ahead.workers(wanted, settings(), config, torch.float32, "cuda:0") as workers:
+        with ahead.workers(wanted, s, torch.float32, "cuda:0") as workers:
             assert [job["share"] for job in jobs] == [worker.share for worker in workers]
         taken = sum(job["memory"] + ahead.CONTEXT for job in jobs)
         assert taken <= free - ahead.MEMORY_OF_RUN, "they may take what the run needs"
@@ -367,8 +367,8 @@ def test_a_run_goes_on_if_a_worker_cannot_be_started(model_file, monkeypatch):
     monkeypatch.setattr(ahead, "room", lambda device: 3)
     monkeypatch.setattr(ahead, "spare_memory", lambda device: 64 << 30)
     monkeypatch.setattr(ahead, "start", start)
-    config = MVDream.load(model_file).config
-    with ahead.workers(True, settings(), config, torch.float32, "cuda:0") as workers:
+    s = settings(model=str(model_file))
+    with ahead.workers(True, s, torch.float32, "cuda:0") as workers:
         assert [worker.share[0] for worker in workers] == ["field", "encoder"]
 
 
@@ -405,12 +405,12 @@ def test_the_run_finds_everything_in_the_cache(
     monkeypatch.setattr(ahead, "room", lambda device: processes)
     monkeypatch.setattr(ahead, "spare_memory", lambda device: 32 << 30)
     tuned(tf32=dtype != torch.float32)  # the cache goes by it
-    s = settings()
+    s = settings(model=str(model_file))
     model = MVDream.load(model_file, torch.device(device), dtype)
     with torch.no_grad():
         context = model.embed([s.prompt, s.negative])
     model.to(memory_format=torch.channels_last)
-    with ahead.workers(True, s, model.config, dtype, model.device) as workers:
+    with ahead.workers(True, s, dtype, model.device) as workers:
         for worker in workers:
             assert worker.process.wait(600) == 0, f"the worker of {worker.share} has failed"
     torch.compiler.reset()
