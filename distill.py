@@ -35,7 +35,6 @@ from mvd.tools.device import (
     set_random_state,
     side_stream,
     tune_cuda,
-    without_cudnn_search,
 )
 from mvd.tools.errors import UserError
 from mvd.tools.files import write_safetensors
@@ -100,8 +99,7 @@ def show_progress(distillation, result, out, done):
     """
     s, model = distillation.s, distillation.model
     latents = torch.cat([result.x_t[:1], result.x0_hat[:1]])  # [2, V, c, h, w]
-    # Not worth compiling a decoder for.
-    with torch.no_grad(), without_cudnn_search(), torch.compiler.set_stance("force_eager"):
+    with torch.no_grad():
         noisy, believed = model.decode(latents).float()
     rendered = result.images[0].float()
     columns = torch.stack([rendered, noisy, believed, believed - rendered], 1)  # [V, 4, 3, H, W]
@@ -241,12 +239,12 @@ def worth_compiling(s, steps, device):
     return s.compile and steps >= COMPILE_FROM and can_compile(device)
 
 
-def distill(s, context, model, out, state=None, beside=()):
+def distill(s, context, model, out, state=None, helper=None):
     """The loop: returns (Distillation, steps done, the signal that ended it or 0).
 
-    context [2, L, D]: prompt and negative prompt. state: what the checkpoint held, or None. beside:
-    the `ahead.workers` that compile for it. The checkpoint is written before it returns. Raises
-    UserError if the state is of another field, and then has changed no file.
+    context [2, L, D]: prompt and negative prompt. state: what the checkpoint held, or None. helper:
+    an `ahead.Helper`, whose workers compile for it, or None. The checkpoint is written before it
+    returns. Raises UserError if the state is of another field, and then has changed no file.
     """
     device = model.device
     torch.manual_seed(s.seed)
@@ -259,31 +257,33 @@ def distill(s, context, model, out, state=None, beside=()):
     show_every = s.show_every or max(FIRST_LOOK, s.steps // 20)
     coarse, fine = sds.stages(s)
     worth_it = worth_compiling(s, s.steps - start, device)
+    # Where the run compiles alone the few steps before are not worth a graph.
+    graphed = not worth_it or ahead.has_workers(helper)
     stage, compiled = None, False
-    if worth_it:
-        model.compile_networks()
 
-    with cli.interrupt_flag() as interrupted, side_stream(device):
+    with (
+        cli.interrupt_flag() as interrupted,
+        side_stream(device),
+        ahead.take_overs(distillation, helper) as is_compiled,
+    ):
         bar = tqdm(range(start, s.steps), initial=start, total=s.steps, desc=s.prompt)
         for step in bar:
             progress = step / s.steps
             wanted = fine if progress >= s.fine_from else coarse
             compile_now = compiled
-            if worth_it and step >= FIRST_LOOK and not compiled:
-                # A new stage waits for nobody.
-                compile_now = wanted != stage or ahead.catch_up(distillation, beside)
+            if worth_it and step >= FIRST_LOOK:
+                compile_now = is_compiled(wanted, wait=wanted != stage)
             if (wanted, compile_now) != (stage, compiled):
                 stage, compiled = wanted, compile_now
                 # First free the earlier step: its graph takes as much memory as the next one's.
                 take_step = result = None
-                # Where the run compiles alone the few steps before are not worth a graph.
-                graphed = compiled or beside or not worth_it
-                take_step = new_step(distillation, stage, compiled, graphed)
+                take_step = new_step(distillation, stage, compiled, compiled or graphed)
             distillation.anneal(progress)
             if step % s.occupancy_every == 0:
                 visits[progress < s.occupancy_warm_up]()
-            with torch.compiler.set_stance("default" if compiled else "force_eager"):
-                result = take_step()
+            result = take_step()
+            if compiled and take_step.graph:
+                is_compiled(fine)  # ask in time, so that nobody waits at half-time
             done = step + 1
             if done % LOG_EVERY == 0 or done == s.steps:
                 log_step(out, done, result, distillation)
@@ -365,12 +365,13 @@ def main(argv=None):
     begin = time.time()
     s = cli.parse(DistillSettings, argv, __doc__, preset_settings)
     check(s)
-    device = choose_device(s.device)
-    dtype = choose_dtype(s.dtype, device)
-    tune_cuda(tf32=dtype != torch.float32)
     # A run that is resumed mostly finds on disk what was compiled for it; else it compiles alone.
-    helped = worth_compiling(s, s.steps, device) and not s.resume
-    with ahead.workers(helped, s, dtype, device) as beside:
+    with ahead.helper(s.compile and s.steps >= COMPILE_FROM and not s.resume) as helper:
+        device = choose_device(s.device)
+        dtype = choose_dtype(s.dtype, device)
+        tune_cuda(tf32=dtype != torch.float32)
+        if helper:
+            ahead.start_workers(helper, s, dtype, device)
         model = MVDream.load(s.model, device, dtype)
         context = embed(s, model)
         model.text = None  # its work is done, and at full size it takes 0.7 GiB
@@ -381,7 +382,7 @@ def main(argv=None):
         out = run.open_run(s.out, asdict(s), s.resume, default, MAY_CHANGE)
         with run.starting(out):
             state = run.last_checkpoint(out) if s.resume else None
-            distillation, done, code = distill(s, context, model, out, state, beside)
+            distillation, done, code = distill(s, context, model, out, state, helper)
     torch.cuda.empty_cache()  # the step's graph is gone, and the results need memory
     if done < s.steps:
         print(

@@ -2,36 +2,39 @@
 
 torch.compile works in one thread of Python: more than a minute for the UNet, and as long again for
 the rest of a step. But it keeps what it has made on disk. So several processes compile a share of a
-step each, with weights that nobody has filled in, while the run takes uncompiled steps. Whenever
-one of them has finished, the run calls torch.compile for the same share and finds the result on
-disk. When all shares are there, its compiled steps begin.
+step each, with weights that nobody has filled in, while the run takes uncompiled steps. When all
+shares of a part are finished, a thread of the run calls torch.compile for that part and finds the
+results on disk. When all parts are there, the run's compiled steps begin:
+
+    the run              a step, a step, a step, ...                    a compiled step, ...
+    its thread           waits for    field, encoder, UNet: takes over
+    fork server          starts the workers, passes on what they say
+    seven workers        a share of the coarse step, a share of the fine step
 
 The moments of all this depend on how busy the computer is, and each draws random numbers: one more
 reason why a seed does not repeat bit for bit on a GPU.
 """
 import contextlib
 import copy
-import json
+import importlib
+import multiprocessing
 import os
-import select
 import signal
-import subprocess
 import sys
 import threading
-from dataclasses import asdict
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
+from multiprocessing.connection import Connection, wait
 from typing import NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from . import presets, sds
-from .model import MVDream, Uninitialised, compile_network, read_config
-from .tools.device import side_stream, tune_cuda, without_cudnn_search
+from . import sds
+from .model import ModelConfig, MVDream, Uninitialised, compile_network, read_config
+from .tools.device import UNDISTURBED, can_compile, side_stream, tune_cuda
 
-COMMAND = [sys.executable, "-m", "mvd.ahead"]
 # Memory of the GPU, in bytes, that a process and the run need. The run's is for its graph and for
 # what it takes over beside it.
 MEMORY_OF_WORKER = 3 << 30
@@ -42,16 +45,30 @@ CONTEXT = 1 << 29
 TRANSLATORS = 4
 # A process that has not ended by then, in seconds, hangs.
 PATIENCE = 600
+# Seconds between two looks whether the run has ended.
+LOOK_EVERY = 0.1
+# Python changes to a thread that waits after so many seconds. By default it is 5 ms, and a step
+# of the run waits a dozen times.
+TURN = 0.0005
 
 
-class Worker(NamedTuple):
-    """A process that compiles one share of a step, stage after stage."""
-    process: subprocess.Popen
-    share: tuple    # (part of the step, number, of how many), as of `shares`
-    left: list      # Stages of which it has not been heard yet; `collect` takes them off
+class Job(NamedTuple):
+    """What a worker must know to compile as the run would."""
+    s: sds.DistillSettings
+    config: ModelConfig
+    dtype: torch.dtype
+    device: torch.device
+    memory: int     # bytes of the GPU; should it need more, the worker is to fail, not the run
 
 
-# ---- the run's side --------------------------------------------------------------------------
+class Helper(NamedTuple):
+    """The run's side of the fork server."""
+    connection: Connection
+    shares: list    # those that workers compile, as of `shares`; empty: there are no workers
+    done: set       # (share, stage): what they have compiled, or given up
+
+
+# ---- the run's side: workers -----------------------------------------------------------------
 
 def shares(processes):
     """How so many processes share out a step: [(part, number, of how many)].
@@ -75,94 +92,133 @@ def spare_memory(device):
 
 def room(device):
     """How many processes can compile beside a run on this computer? Each needs a core or two."""
-    if sys.platform != "linux":
+    if not can_compile(device):
         return 0
     cores = len(os.sched_getaffinity(0))
     return min(spare_memory(device) // MEMORY_OF_WORKER, cores // 2)
 
 
 @contextlib.contextmanager
-def workers(wanted, s, dtype, device):
-    """Within this context processes compile for a run: [Worker], see `collect`.
+def helper(wanted):
+    """Within this context there is a Helper, if it is `wanted`; else None.
 
-    There is none if they are not `wanted`, or if the computer has no room for them: then the run
-    compiles alone. s: DistillSettings; dtype, device: of the model.
+    It is a process that waits for `start_workers` and then forks them, so that nothing has to be
+    imported again. It is forked before the run asks for a GPU, be it only how many there are:
+    afterwards a forked process cannot use one. It ends with the run, and Ctrl-C in the terminal
+    does not reach it.
     """
-    planned = shares(room(device)) if wanted else []
-    started = []
+    if not wanted or sys.platform != "linux" or torch.cuda.is_initialized():
+        yield None
+        return
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe()
+    process = fork.Process(target=serve, args=(theirs, ours))
+    process.start()
+    theirs.close()
     try:
-        if planned:
-            job = dict(
-                settings=asdict(s),
-                config=presets.to_header(read_config(s.model)),
-                dtype=str(dtype).removeprefix("torch."),
-                device=str(device),
-                # Should it need more than that, this process is to fail, and not the run.
-                memory=spare_memory(device) // len(planned) - CONTEXT,
-            )
-        with contextlib.suppress(OSError):  # what is not started the run compiles itself
-            for share in planned:
-                started.append(Worker(start(dict(job, share=share)), share, sds.stages(s)))
-        yield started
+        yield Helper(ours, [], set())
     finally:
-        for process, _, _ in started:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # with what it has started
-            process.stdin.close()
-            process.stdout.close()
-            process.wait()
+        ours.close()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # with what it has started
+        process.kill()  # if it had no time to lead a group of its own
+        process.join()
 
 
-def start(job):
-    """Start a process that reads this job: Popen.
+def start_workers(helper, s, dtype, device):
+    """Have as many processes as there is room for compile the steps of a run: or none.
 
-    It ends when the run ends; Ctrl-C in the terminal reaches the run only.
+    s: DistillSettings; dtype, device: of the model.
     """
-    process = subprocess.Popen(
-        COMMAND,
-        cwd=Path(__file__).parents[1],
-        env=dict(os.environ, TORCHINDUCTOR_COMPILE_THREADS=str(TRANSLATORS)),
-        bufsize=0,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    with contextlib.suppress(BrokenPipeError):  # it has ended already
-        process.stdin.write(json.dumps(job).encode() + b"\n")
-    return process
+    planned = shares(room(device))
+    if not planned:
+        helper.connection.close()  # which ends it
+        return
+    memory = spare_memory(device) // len(planned) - CONTEXT
+    job = Job(s, read_config(s.model), dtype, device, memory)
+    with contextlib.suppress(OSError):  # it has ended
+        helper.connection.send((planned, job))
+        helper.shares.extend(planned)
 
 
-def collect(started, stage):
-    """The shares of this stage that have been compiled since the last call.
+def has_workers(helper):
+    """Does anybody compile for the run? helper: Helper or None."""
+    return helper is not None and bool(helper.shares)
 
-    Or given up: a process that has ended says so of all that it has left.
+
+def listen(helper):
+    """Note what workers say within LOOK_EVERY seconds. False: nobody says anything any more."""
+    try:
+        if helper.connection.poll(LOOK_EVERY):
+            helper.done.add(helper.connection.recv())
+    except (EOFError, OSError):
+        return False
+    return True
+
+
+# ---- the run's side: what they have compiled -------------------------------------------------
+
+@contextlib.contextmanager
+def take_overs(distillation, helper):
+    """Within this context a thread makes what the workers compile the run's own.
+
+    Yields a function: is this stage compiled by now? Who asks for the first time sets the thread to
+    it, and with `wait` waits for it. Where there are no workers the answer is yes: then the run
+    compiles a step when it takes it.
     """
-    news = []
-    for process, share, left in started:
-        while stage in left and select.select([process.stdout], [], [], 0)[0]:
-            os.read(process.stdout.fileno(), 1)
-            if left.pop(0) == stage:
-                news.append(share)
-    return news
+    if not has_workers(helper):
+        yield lambda stage, wait=False: True
+        return
+    futures, stop = {}, threading.Event()
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(TURN)
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(import_compiler)
+
+        def is_compiled(stage, wait=False):
+            if stage not in futures:
+                futures[stage] = thread.submit(take_over, distillation, stage, helper, stop)
+            if wait or futures[stage].done():
+                futures[stage].result()  # raises what it has raised
+            return futures[stage].done()
+
+        try:
+            yield is_compiled
+        finally:
+            stop.set()
+            sys.setswitchinterval(before)
 
 
-def take_over(distillation, share):
-    """Make what a worker has compiled, or has given up, of this stage the run's own."""
-    # A copy, since `begin` would change the step that the run still takes.
+def arrivals(helper, stage, stop):
+    """Yield the parts of a step as all their shares are compiled, or given up, for this stage.
+
+    Ends early when `stop` is set.
+    """
+    waiting = {part for part, _, _ in helper.shares}
+    while waiting and not stop.is_set():
+        missing = {share[0] for share in helper.shares if (share, stage) not in helper.done}
+        for part in waiting - missing:
+            waiting.remove(part)
+            yield part
+            break
+        else:
+            if not listen(helper):
+                return
+
+
+def take_over(distillation, stage, helper, stop):
+    """Compile the parts of a stage as they arrive, from what the workers have put on disk.
+
+    What the run itself computes is not touched.
+    """
     apart = copy.copy(distillation)
-    apart.begin(distillation.stage, compiled=True)
-    compile_share(apart, *share)
-    distillation.optimizer.zero_grad(set_to_none=True)  # the field is to learn nothing from it
-    torch.cuda.empty_cache()
-
-
-def catch_up(distillation, started):
-    """Take over what has been compiled since the last call: is the whole stage compiled now?"""
-    stage = distillation.stage
-    for share in collect(started, stage):
-        take_over(distillation, share)
-    return not any(stage in worker.left for worker in started)
+    apart.nerf = copy.deepcopy(distillation.nerf)  # for gradients of its own
+    with side_stream(distillation.device, number=3):
+        apart.begin(stage, compiled=True)
+        for part in arrivals(helper, stage, stop):
+            with UNDISTURBED:
+                compile_share(apart, part, 0, 1)
+                torch.cuda.empty_cache()
 
 
 # ---- both sides: how a part is compiled ------------------------------------------------------
@@ -228,54 +284,87 @@ def compile_share(distillation, part, number, count):
             distillation.ask(latents, draws)
 
 
-# ---- in a process of its own -----------------------------------------------------------------
+# ---- in processes of their own ---------------------------------------------------------------
 
-def compile_stages(report, share, memory, settings, config, dtype, device):
-    """Compile a share of a step for each stage, and call `report` after each.
+def serve(connection, ours):
+    """The fork server: waits for a job, and starts a worker for each share of it.
 
-    share: as of `shares`; memory: bytes; the others as `workers` makes them, which is JSON.
+    ours: the run's end of the connection. The errors of workers are thrown away: the run then
+    compiles that share itself, and shows its own error.
     """
-    device, dtype = torch.device(device), getattr(torch, dtype)
-    tune_cuda(tf32=dtype != torch.float32)
-    if device.type == "cuda":
-        _, total = torch.cuda.mem_get_info(device)
-        torch.cuda.set_per_process_memory_fraction(min(1.0, memory / total), device)
-    with torch.device("meta"), Uninitialised():
-        model = MVDream(presets.from_header(config)).to(dtype).requires_grad_(False).eval()
-    part, _, _ = share
-    if part == "encoder":
-        compile_network(model.vae.to_empty(device=device).encoder)
-    if part == "unet":
-        compile_network(model.unet.to_empty(device=device))
-    text = model.config.text
-    context = torch.zeros(2, text.context_length, text.width, dtype=dtype, device=device)
-    s = sds.DistillSettings(**settings)
-    distillation = sds.Distillation(s, model, context)
-    with side_stream(device), without_cudnn_search():  # what runs once is not worth it
-        for stage in sds.stages(s):
+    ours.close()  # so that the connection closes however the run ends
+    os.setsid()
+    sys.stdout = sys.stderr = nowhere = open(os.devnull, "r+")
+    for stream in (0, 1, 2):
+        os.dup2(nowhere.fileno(), stream)
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(TRANSLATORS))
+    with contextlib.suppress(EOFError):  # the run has no room for workers
+        planned, job = connection.recv()
+        pass_on(connection, [start(share, job) for share in planned], job)
+
+
+def start(share, job):
+    """Start a worker: (the connection on which it writes, its share)."""
+    fork = multiprocessing.get_context("fork")
+    reader, writer = fork.Pipe(duplex=False)
+    with contextlib.suppress(OSError):  # there are too many processes: this share is given up
+        fork.Process(target=work, args=(writer, share, job)).start()
+    writer.close()
+    return reader, share
+
+
+def pass_on(connection, workers, job):
+    """Tell the run what the workers say. If one has ended, say so of all its stages.
+
+    Ends with the run, and then ends all workers and what they have started, by force.
+    """
+    share_of = dict(workers)
+    try:
+        while connection not in (heard := wait([connection, *share_of])):
+            for reader in heard:
+                try:
+                    connection.send((share_of[reader], reader.recv()))
+                except EOFError:
+                    share = share_of.pop(reader)
+                    for stage in sds.stages(job.s):
+                        connection.send((share, stage))
+    finally:
+        os.killpg(0, signal.SIGKILL)
+
+
+def import_compiler():
+    """Import PyTorch's compiler. It takes longer than the rest of PyTorch, so not every run does."""
+    importlib.import_module("torch._inductor.compile_fx")
+
+
+def work(writer, share, job):
+    """A worker: compiles a share of a step for each stage, and writes which stage it was."""
+    signal.alarm(PATIENCE)  # ends it
+    # CUDA takes as long to begin as the compiler to be imported: both at once.
+    with ThreadPoolExecutor(1) as thread:
+        if job.device.type == "cuda":
+            thread.submit(torch.zeros, 1, device=job.device)
+        import_compiler()
+    tune_cuda(tf32=job.dtype != torch.float32)
+    if job.device.type == "cuda":
+        _, total = torch.cuda.mem_get_info(job.device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, job.memory / total), job.device)
+    distillation = empty_distillation(share[0], job)
+    with side_stream(job.device):
+        for stage in sds.stages(job.s):
             distillation.begin(stage, compiled=True)
             compile_share(distillation, *share)
-            report()
+            writer.send(stage)
 
 
-def main():
-    """A process: reads a job, compiles, and writes a byte after each stage.
-
-    Its errors are thrown away: the run then compiles that share itself, and shows its own error. It
-    ends when its stdin closes, which happens however the run ends.
-    """
-    done = os.dup(1)
-    os.dup2(2, 1)  # what is printed goes where errors go: nowhere
-    signal.alarm(PATIENCE)  # ends it
-    job = json.loads(sys.stdin.buffer.readline())
-
-    def end_with_the_run():
-        os.read(0, 1)  # returns when nobody can write any more
-        os.killpg(0, signal.SIGKILL)  # this process, and what it has started
-
-    threading.Thread(target=end_with_the_run, daemon=True).start()
-    compile_stages(lambda: os.write(done, b"."), **job)
-
-
-if __name__ == "__main__":
-    main()
+def empty_distillation(part, job):
+    """A Distillation like the run's. Of its model only what this part of a step needs is there."""
+    with torch.device("meta"), Uninitialised():
+        model = MVDream(job.config).to(job.dtype).requires_grad_(False).eval()
+    if part == "encoder":
+        model.vae.to_empty(device=job.device)
+    if part == "unet":
+        model.unet.to_empty(device=job.device)
+    text = job.config.text
+    context = torch.zeros(2, text.context_length, text.width, dtype=job.dtype, device=job.device)
+    return sds.Distillation(job.s, model, context)

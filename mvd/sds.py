@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from . import cameras, diffusion, render
+from .model import compile_network
 from .nerf import ENCODINGS, NeRF, NeRFConfig
 from .tools.cli import setting
 from .tools.device import side_by_side
@@ -309,12 +310,17 @@ class Distillation:
         self.begin(stages(s)[0])
 
     def begin(self, stage, compiled=False):
-        """From here on, steps render this Stage; compiled: torch.compile fuses the rendering."""
+        """From here on, steps render this Stage. compiled: with torch.compile, for good.
+
+        Then it fuses the rendering, the encoder and the UNet.
+        """
         self.stage = stage
         self.batch_context = self.context.repeat_interleave(stage.sets, 0)  # [2B, L, D]
         self.rendering = self.render_images
         if compiled:
             self.rendering = torch.compile(self.render_images, dynamic=False)
+            compile_network(self.model.vae.encoder)
+            compile_network(self.model.unet)
 
     def anneal(self, progress):
         """Set what changes in the course of a run. progress: the share that is done, 0..1."""

@@ -1,9 +1,12 @@
 """ahead.py: what is compiled beside a run is what the run needs."""
+import contextlib
 import copy
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -13,8 +16,7 @@ import pytest
 import torch
 
 from mvd import MVDream, ahead, sds
-from mvd.model import Uninitialised, compile_network
-from mvd.tools.device import side_stream, tune_cuda
+from mvd.tools.device import UNDISTURBED, side_stream, tune_cuda
 from scripts import saved_model
 from test_model import small_config
 
@@ -34,15 +36,6 @@ def model_file(tmp_path_factory):
 
 def settings(**changes):
     return sds.DistillSettings("a red bulldog", **{**SETTINGS, **changes})
-
-
-def empty_distillation(s, config, context):
-    """As `ahead.compile_stages` makes it."""
-    with torch.device("meta"), Uninitialised():
-        model = MVDream(config).to(context.dtype).requires_grad_(False).eval()
-    compile_network(model.vae.to_empty(device=context.device).encoder)
-    compile_network(model.unet.to_empty(device=context.device))
-    return sds.Distillation(s, model, context)
 
 
 def describe(tensor):
@@ -76,12 +69,11 @@ def test_the_shares_of_a_step_are_what_the_step_compiles(model_file, changes, mo
     s = settings(**changes)
     model = MVDream.load(model_file, dtype=getattr(torch, changes.get("dtype", "float32")))
     context = model.embed([s.prompt, s.negative])
-    # As distill.main lays the weights, and as `ahead` does.
     model.to(memory_format=torch.channels_last)
+    job = ahead.Job(s, model.config, context.dtype, context.device, memory=0)
     for stage in sds.stages(s):
         torch.compiler.reset()
         distillation = sds.Distillation(s, model, context)
-        model.compile_networks()
         distillation.begin(stage, compiled=True)
         distillation.step()
         wanted, seen[:] = list(seen), []
@@ -92,7 +84,7 @@ def test_the_shares_of_a_step_are_what_the_step_compiles(model_file, changes, mo
             for share in ahead.shares(processes):
                 torch.compiler.reset()
                 seen[:] = []
-                empty = empty_distillation(s, model.config, context)
+                empty = ahead.empty_distillation(share[0], job)
                 empty.begin(stage, compiled=True)
                 ahead.compile_share(empty, *share)
                 assert seen, f"{share} has nothing to do"
@@ -102,15 +94,15 @@ def test_the_shares_of_a_step_are_what_the_step_compiles(model_file, changes, mo
             for graph in made:
                 assert graph in wanted, f"at {stage} no step needs this:\n{graph[0]}\n{graph[1]}"
 
-        # In the run itself, once it has taken over everything, nothing is left to compile.
+        # In the run itself, once its thread has taken over everything, nothing is left to compile.
         torch.compiler.reset()
         distillation.begin(stage)
         before = copy.deepcopy(distillation.state_dict())
-        for share in ahead.shares(7):
-            ahead.take_over(distillation, share)
+        with ahead.take_overs(distillation, given_up()) as is_compiled:
+            assert is_compiled(stage, wait=True)
         assert distillation.stage == stage
         assert distillation.rendering == distillation.render_images, "the step itself is changed"
-        assert all(p.grad is None for p in distillation.nerf.parameters()), "a gradient is left"
+        assert all(p.grad is None for p in distillation.nerf.parameters()), "it has a gradient"
         for part, tensors in before["nerf"].items():
             assert torch.equal(tensors, distillation.state_dict()["nerf"][part]), f"{part} learned"
         seen[:] = []
@@ -186,7 +178,21 @@ def test_seven_processes_share_out_what_three_do():
             assert numbers == list(range(count)), f"a share of {part} is missing, or there twice"
 
 
-# What workers do in the tests below, in place of `ahead.compile_share`.
+def given_up(*left):
+    """A Helper whose seven workers have ended, without work done, apart from these shares."""
+    ours, theirs = multiprocessing.Pipe()
+    shares, stages = ahead.shares(7), sds.stages(settings())
+    done = {(share, stage) for share in shares if share not in left for stage in stages}
+    ahead_of = ahead.Helper(ours, shares, done)
+    KEPT.append(theirs)  # open: nobody says anything, but somebody could
+    return ahead_of
+
+
+KEPT = []
+
+# ---- the workers -----------------------------------------------------------------------------
+
+# What they do in the tests below, in place of `ahead.compile_share`.
 
 def compile_share(distillation, part, number, count):
     globals()[part](distillation)
@@ -211,7 +217,7 @@ def work_on(distillation):
     """Does not end, at the second stage, and has a helper that does not, either."""
     if distillation.stage.size == 16:
         helper = subprocess.Popen(["sleep", "600"])
-        Path(os.environ["NOTES"]).write_text(str(helper.pid))
+        Path(os.environ["NOTES"]).write_text(f"{os.getpid()} {helper.pid}")
         helper.wait()
 
 
@@ -229,112 +235,113 @@ def wait_until(condition, seconds=60):
     return condition()
 
 
+def hear(helper, *wanted, seconds=60):
+    """Listen until all these (share, stage) have been heard of."""
+    return wait_until(lambda: ahead.listen(helper) and helper.done.issuperset(wanted), seconds)
+
+
 @pytest.fixture
 def start(model_file, monkeypatch):
-    """A function that starts workers on the CPU, a process for each of these functions."""
+    """A context with workers on the CPU, a process for each of these functions: its Helper."""
     monkeypatch.setattr(ahead, "room", lambda device: 8)
     monkeypatch.setattr(ahead, "spare_memory", lambda device: 64 << 30)
+    monkeypatch.setattr(ahead, "compile_share", compile_share)
     s = settings(model=str(model_file))
-    code = "import test_ahead; from mvd import ahead; ahead.compile_share = test_ahead.compile_share"
-    monkeypatch.setattr(ahead, "COMMAND", [sys.executable, "-c", code + "; ahead.main()"])
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
 
+    @contextlib.contextmanager
     def start(*functions):
         shares = [(function.__name__, 0, 1) for function in functions]
         monkeypatch.setattr(ahead, "shares", lambda processes: shares)
-        return ahead.workers(True, s, torch.bfloat16, torch.device("cpu"))
+        with ahead.helper(True) as helper:
+            ahead.start_workers(helper, s, torch.bfloat16, torch.device("cpu"))
+            assert helper.shares == shares
+            yield helper
 
     return start
 
 
 def test_a_worker_takes_the_stages_in_turn(start, tmp_path, monkeypatch, capfd):
+    """One that fails gives up the stages that are left, and the others go on."""
     monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
     coarse, fine = sds.stages(settings())
-    with start(fail_at_the_second_stage) as workers:
-        (worker,) = workers
-        assert ahead.collect(workers, coarse) == [], "it has just begun"
-        assert worker.left == [coarse, fine]
-        worker.process.wait(120)
-        assert ahead.collect(workers, coarse) == [worker.share]
-        assert ahead.collect(workers, coarse) == [], "told twice"
-        assert worker.left == [fine]
-        assert ahead.collect(workers, fine) == [worker.share], "it gave this one up"
-        assert worker.left == []
-    assert worker.process.returncode == 1
-    notes = (tmp_path / "notes").read_text().splitlines()
-    assert [line.split()[0] for line in notes] == ["8", "16"]
-    assert all("meta torch.bfloat16 (2, " in line and line.endswith("True") for line in notes)
+    with start(fail_at_the_second_stage, work_on) as helper:
+        failing, working = helper.shares
+        assert not helper.done, "it has just begun"
+        assert hear(helper, (failing, coarse), (failing, fine), (working, coarse))
+        assert (working, fine) not in helper.done
+    notes = (tmp_path / "notes").read_text()
+    assert "this goes nowhere" not in notes
     assert capfd.readouterr() == ("", ""), "a worker writes into the run's own output"
 
 
-@pytest.fixture
-def piped():
-    """piped(name) is a Worker without a process, and a function that says what one would say."""
-    ends = []
-
-    def piped(name):
-        read, write = os.pipe()
-        ends.extend([os.fdopen(read, "rb", 0), os.fdopen(write, "wb", 0)])
-        process = SimpleNamespace(stdout=ends[-2])
-        worker = ahead.Worker(process, (name, 0, 1), sds.stages(settings()))
-        return worker, ends[-1].write
-
-    yield piped
-    for end in ends:
-        end.close()
-
-
-def test_the_run_catches_up_with_its_workers(piped, monkeypatch):
-    coarse, fine = sds.stages(settings())
-    took = []
-    monkeypatch.setattr(ahead, "take_over", lambda d, share: took.append((d.stage, share[0])))
-    (a, say_a), (b, say_b) = piped("a"), piped("b")
-    run = SimpleNamespace(stage=coarse)
-    assert not ahead.catch_up(run, [a, b]) and not took
-    say_a(b"..")
-    assert not ahead.catch_up(run, [a, b]) and took == [(coarse, "a")]
-    say_b(b".")
-    assert ahead.catch_up(run, [a, b]) and took == [(coarse, "a"), (coarse, "b")]
-    assert ahead.catch_up(run, [a, b]) and len(took) == 2, "taken over twice"
-    run.stage = fine
-    assert not ahead.catch_up(run, [a, b]) and took[2:] == [(fine, "a")]
-    assert ahead.catch_up(run, []), "nobody is waited for"
-
-
-def test_a_stage_that_is_over_is_not_taken_over(piped, monkeypatch):
-    """What is said of it is passed over."""
-    _, fine = sds.stages(settings())
-    took = []
-    monkeypatch.setattr(ahead, "take_over", lambda d, share: took.append((d.stage, share[0])))
-    a, say = piped("a")
-    say(b"..")
-    assert ahead.catch_up(SimpleNamespace(stage=fine), [a]) and took == [(fine, "a")]
+def test_a_worker_compiles_for_empty_weights(start, tmp_path, monkeypatch):
+    monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
+    stages = sds.stages(settings())
+    with start(note_stage) as helper:
+        assert hear(helper, *[(helper.shares[0], stage) for stage in stages])
+        assert [stage in stages for _, stage in helper.done] == [True, True]
+    notes = (tmp_path / "notes").read_text().splitlines()
+    assert [line.split()[0] for line in notes] == ["8", "16"]
+    assert all("meta torch.bfloat16 (2, " in line and line.endswith("True") for line in notes)
 
 
 def test_a_worker_and_its_helpers_end_with_its_run(start, tmp_path, monkeypatch):
-    """When the context is left, and also when the run was killed: then its pipe is closed."""
+    """When the context is left, and also when the run was killed: then the connection closes."""
     notes = tmp_path / "notes"
     monkeypatch.setenv("NOTES", str(notes))
-    with start(work_on) as (worker,):
-        process = worker.process
-        assert os.getsid(process.pid) != os.getsid(0), "Ctrl-C would reach it"
-        assert process.stdout.read(1) == b".", "it has failed"
+
+    def pids():
+        assert wait_until(lambda: notes.exists() and len(notes.read_text().split()) == 2)
+        worker, its_helper = map(int, notes.read_text().split())
+        assert is_running(worker) and is_running(its_helper)
+        assert os.getsid(worker) != os.getsid(0), "Ctrl-C would reach it"
+        return worker, its_helper
+
+    with pytest.raises(KeyError), start(work_on):
+        worker, its_helper = pids()
+        raise KeyError
+    assert wait_until(lambda: not is_running(worker)), "it goes on without its run"
+    assert wait_until(lambda: not is_running(its_helper)), "its helper goes on"
+
+    notes.unlink()
+    with start(work_on) as helper:
+        worker, its_helper = pids()
+        helper.connection.close()
+        assert wait_until(lambda: not is_running(worker)), "it goes on without its run"
+        assert wait_until(lambda: not is_running(its_helper)), "its helper goes on"
+
+
+def test_nobody_is_waited_for_if_the_fork_server_has_died(start, tmp_path, monkeypatch):
+    notes = tmp_path / "notes"
+    monkeypatch.setenv("NOTES", str(notes))
+    with start(work_on) as helper:
         assert wait_until(lambda: notes.exists() and notes.read_text())
-        helper = int(notes.read_text())
-        assert is_running(helper)
-        process.stdin.close()
-        assert process.wait(120) == -signal.SIGKILL, "it goes on without its run"
-        assert wait_until(lambda: not is_running(helper)), "its helper goes on"
-    with pytest.raises(KeyError):
-        with start(work_on) as (worker,):
-            raise KeyError
-    assert worker.process.returncode == -signal.SIGKILL
+        worker = int(notes.read_text().split()[0])
+        os.killpg(os.getpgid(worker), signal.SIGKILL)
+        _, fine = sds.stages(settings())
+        assert list(ahead.arrivals(helper, fine, threading.Event())) == []
+
+
+def test_there_is_no_helper_where_none_is_of_use(monkeypatch):
+    """Nor where the GPU is in use already: a process that is forked then cannot use it."""
+    def is_there(wanted=True, in_use=False, platform="linux"):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: in_use)
+        monkeypatch.setattr(sys, "platform", platform)
+        with ahead.helper(wanted) as helper:
+            return helper is not None
+
+    assert is_there()
+    assert not is_there(wanted=False)
+    assert not is_there(in_use=True)
+    assert not is_there(platform="win32")
+    assert not ahead.has_workers(None)
 
 
 def test_workers_are_started_only_where_there_is_room(model_file, monkeypatch):
-    free, cores, jobs = 64 << 30, 16, []
+    free, cores, compiler = 64 << 30, 16, True
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 << 30))
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(cores))
+    monkeypatch.setattr(ahead, "can_compile", lambda device: compiler)
     assert ahead.room("cuda") == 8
     free = ahead.MEMORY_OF_RUN + 3 * ahead.MEMORY_OF_WORKER
     assert ahead.room("cuda") == 3
@@ -342,44 +349,115 @@ def test_workers_are_started_only_where_there_is_room(model_file, monkeypatch):
     assert ahead.room("cuda") == 3
     free = 1 << 30
     assert ahead.room("cuda") == 0
-    free, s = 64 << 30, settings(model=str(model_file))
-
-    def count(wanted, processes):
-        jobs.clear()
-        monkeypatch.setattr(ahead, "room", lambda device: processes)
-        with ahead.workers(wanted, s, torch.float32, "cuda:0") as workers:
-            assert [job["share"] for job in jobs] == [worker.share for worker in workers]
-        taken = sum(job["memory"] + ahead.CONTEXT for job in jobs)
-        assert taken <= free - ahead.MEMORY_OF_RUN, "they may take what the run needs"
-        return len(jobs)
-
-    monkeypatch.setattr(ahead, "start", lambda job: jobs.append(job) or ended())
-    assert [count(True, n) for n in (0, 2, 3, 6, 7, 30)] == [0, 0, 3, 3, 7, 7]
-    assert count(False, 7) == 0
-
-
-def test_a_run_goes_on_if_a_worker_cannot_be_started(model_file, monkeypatch):
-    def start(job):
-        if job["share"][0] == "unet":
-            raise BlockingIOError("Resource temporarily unavailable")
-        return ended()
-
-    monkeypatch.setattr(ahead, "room", lambda device: 3)
-    monkeypatch.setattr(ahead, "spare_memory", lambda device: 64 << 30)
-    monkeypatch.setattr(ahead, "start", start)
+    free, compiler = 64 << 30, False
+    assert ahead.room("cuda") == 0
     s = settings(model=str(model_file))
-    with ahead.workers(True, s, torch.float32, "cuda:0") as workers:
-        assert [worker.share[0] for worker in workers] == ["field", "encoder"]
+
+    def count(processes):
+        monkeypatch.setattr(ahead, "room", lambda device: processes)
+        ours, theirs = multiprocessing.Pipe()
+        helper = ahead.Helper(ours, [], set())
+        ahead.start_workers(helper, s, torch.float32, torch.device("cuda:0"))
+        if not helper.shares:
+            with pytest.raises(EOFError):  # it has nothing to wait for
+                theirs.recv()
+            return 0
+        planned, job = theirs.recv()
+        assert planned == helper.shares and ahead.has_workers(helper)
+        assert (job.s, job.dtype, job.device) == (s, torch.float32, torch.device("cuda:0"))
+        taken = len(planned) * (job.memory + ahead.CONTEXT)
+        assert taken <= free - ahead.MEMORY_OF_RUN, "they may take what the run needs"
+        return len(planned)
+
+    assert [count(n) for n in (0, 2, 3, 6, 7, 30)] == [0, 0, 3, 3, 7, 7]
 
 
-def ended():
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    return subprocess.Popen([sys.executable, "-c", ""], start_new_session=True, **pipes)
+def test_a_share_is_given_up_if_its_worker_cannot_be_started(monkeypatch):
+    def refuse(process):
+        raise BlockingIOError("Resource temporarily unavailable")
 
+    monkeypatch.setattr(multiprocessing.get_context("fork").Process, "start", refuse)
+    reader, share = ahead.start(("field", 0, 1), None)
+    assert share == ("field", 0, 1)
+    with pytest.raises(EOFError):
+        reader.recv()
+
+
+# ---- the thread of the run -------------------------------------------------------------------
+
+@pytest.fixture
+def run(monkeypatch):
+    """A run, without a model, that notes what is taken over: `took`."""
+    class Run(SimpleNamespace):
+        def begin(self, stage, compiled):
+            assert compiled
+            self.stage = stage
+
+    def compile_share(apart, part, number, count):
+        assert threading.current_thread() is not threading.main_thread(), "the run would stop"
+        assert UNDISTURBED.locked(), "a graph could be captured now"
+        assert (number, count) == (0, 1) and apart.nerf is not run.nerf
+        run.took.append((apart.stage, part))
+
+    coarse, _ = sds.stages(settings())
+    run = Run(stage=coarse, device=torch.device("cpu"), nerf=torch.nn.Linear(1, 1), took=[])
+    monkeypatch.setattr(ahead, "compile_share", compile_share)
+    return run
+
+
+def test_the_thread_takes_over_what_is_done(run):
+    """A part is, when its last share is."""
+    coarse, fine = sds.stages(settings())
+    last = ("unet", 3, 4)
+    helper = given_up(last)
+    with ahead.take_overs(run, helper) as is_compiled:
+        assert not is_compiled(coarse), "one share is not done"
+        assert wait_until(lambda: len(run.took) == 2)
+        assert not is_compiled(coarse) and run.stage == coarse
+        KEPT[-1].send((last, coarse))
+        assert wait_until(lambda: is_compiled(coarse))
+        parts = ["encoder", "field", "unet"]
+        assert sorted(run.took) == [(coarse, part) for part in parts] and run.took[2][1] == "unet"
+        assert is_compiled(coarse) and len(run.took) == 3, "taken over twice"
+        KEPT[-1].send((last, fine))
+        assert is_compiled(fine, wait=True)
+        assert sorted(run.took[3:]) == [(fine, part) for part in parts]
+    assert sys.getswitchinterval() == pytest.approx(0.005)
+
+
+def test_a_run_that_ends_does_not_wait_for_its_workers(run):
+    coarse, _ = sds.stages(settings())
+    helper = given_up(ahead.shares(7)[0])
+    with pytest.raises(KeyError), ahead.take_overs(run, helper) as is_compiled:
+        assert not is_compiled(coarse)
+        raise KeyError
+    assert sys.getswitchinterval() == pytest.approx(0.005)
+
+
+def test_what_fails_in_the_thread_fails_in_the_run(run, monkeypatch):
+    def fail(*rest):
+        raise RuntimeError("no memory")
+
+    coarse, _ = sds.stages(settings())
+    monkeypatch.setattr(ahead, "compile_share", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        with ahead.take_overs(run, given_up()) as is_compiled:
+            is_compiled(coarse, wait=True)
+    assert not UNDISTURBED.locked()
+
+
+def test_a_run_without_workers_compiles_alone(run):
+    for helper in (None, ahead.Helper(None, [], set())):
+        with ahead.take_overs(run, helper) as is_compiled:
+            assert all(is_compiled(stage) for stage in sds.stages(settings()))
+    assert not run.took
+
+
+# ---- all of it -------------------------------------------------------------------------------
 
 @pytest.fixture
 def tuned():
-    """A function that tunes PyTorch as `ahead.compile_stages` does; then all is put back."""
+    """A function that tunes PyTorch as `ahead.work` does; then all is put back."""
     search, precision = torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision()
     yield tune_cuda
     torch.backends.cudnn.benchmark = search
@@ -410,13 +488,13 @@ def test_the_run_finds_everything_in_the_cache(
     with torch.no_grad():
         context = model.embed([s.prompt, s.negative])
     model.to(memory_format=torch.channels_last)
-    with ahead.workers(True, s, dtype, model.device) as workers:
-        for worker in workers:
-            assert worker.process.wait(600) == 0, f"the worker of {worker.share} has failed"
+    with ahead.helper(True) as helper:
+        ahead.start_workers(helper, s, dtype, model.device)
+        everything = [(share, stage) for share in helper.shares for stage in sds.stages(s)]
+        assert hear(helper, *everything, seconds=600)
     torch.compiler.reset()
     counters.clear()
     distillation = sds.Distillation(s, model, context)
-    model.compile_networks()
     with side_stream(torch.device(device)):
         for stage in sds.stages(s):
             distillation.begin(stage, compiled=True)

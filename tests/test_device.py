@@ -196,6 +196,25 @@ def test_a_step_off_cuda_takes_its_arguments_and_may_return_nothing():
     assert seen == [10, 11, 12, 13, 14]
 
 
+def test_nothing_is_captured_while_another_thread_draws(monkeypatch):
+    captured = []
+    step = device.GraphedStep(lambda: "run", CPU, eager=1)
+    step.cuda = True
+    monkeypatch.setattr(step, "capture", lambda arguments: captured.append(step.calls))
+    assert step() == "run"
+    with device.UNDISTURBED:
+        assert step() == "run" and not captured, "the graph is captured while another one draws"
+    step.graph, step.inputs, step.result = None, [], "replayed"
+    monkeypatch.setattr(step, "capture", lambda arguments: setattr(step, "graph", Replay()))
+    assert step() == "replayed"
+    assert not device.UNDISTURBED.locked(), "the other thread waits for ever"
+
+
+class Replay:
+    def replay(self):
+        pass
+
+
 @pytest.mark.gpu
 def test_there_is_one_stream_however_often_and_deep_it_is_entered():
     cuda = torch.device("cuda")

@@ -465,24 +465,37 @@ def test_the_compiler_takes_over_after_the_first_picture(start, monkeypatch, tmp
     [
         (3, [(False, 8), (False, 8), (False, 8), (True, 16), (True, 16), (True, 16)]),
         (2, [(False, 8), (False, 8), (True, 8), (True, 16), (True, 16), (True, 16)]),
-        # At half-time the run compiles what is missing itself.
+        # At half-time the run waits.
         (9, [(False, 8), (False, 8), (False, 8), (True, 16), (True, 16), (True, 16)]),
     ],
 )
-def test_the_run_goes_on_until_the_workers_are_ready(start, ready_from, switches, monkeypatch):
+def test_the_run_goes_on_until_its_steps_are_compiled(start, ready_from, switches, monkeypatch):
     """Nothing is compiled here: only when that would be is noted."""
-    asked, seen, left, stances = [], [], [], []
+    helper = ahead.Helper(None, ["a share"], set())
+    asked, ready, seen, left = [], [], [], []
 
     @contextlib.contextmanager
-    def workers(wanted, *rest):
+    def there_is_a_helper(wanted):
         assert wanted
-        yield ["a worker"]
+        yield helper
         left.append(True)
 
-    def catch_up(distillation, beside):
-        assert beside == ["a worker"]
-        asked.append(len(seen))
-        return len(seen) >= ready_from
+    def start_workers(given, s, dtype, device):
+        assert given is helper and not asked
+        asked.append(s.model)
+
+    @contextlib.contextmanager
+    def take_overs(distillation, given):
+        assert given is helper and distillation.s.model == asked[0]
+
+        def is_compiled(stage, wait=False):
+            assert len(seen) >= 2, "nobody has seen a picture yet"
+            assert wait == (stage.size == 16 and seen[-1][1] == 8), "it waits at half-time only"
+            if wait or len(seen) >= ready_from:
+                ready.append(stage)
+            return stage in ready
+
+        yield is_compiled
 
     def begin(distillation, stage, compiled=False):
         distillation.noted = compiled, stage.size
@@ -492,49 +505,40 @@ def test_the_run_goes_on_until_the_workers_are_ready(start, ready_from, switches
         seen.append(distillation.noted)
         return real_step(distillation)
 
-    def compile_networks(model):
-        assert not seen, "when the first step is taken all must be as it will be"
-        compiled.append(model)
-
-    compiled, set_stance = [], torch.compiler.set_stance
     real_begin, real_step = sds.Distillation.begin, sds.Distillation.step
     monkeypatch.setattr(sds.Distillation, "begin", begin)
     monkeypatch.setattr(sds.Distillation, "step", step)
-    monkeypatch.setattr(MVDream, "compile_networks", compile_networks)
-    monkeypatch.setattr(
-        torch.compiler, "set_stance", lambda stance: stances.append(stance) or set_stance(stance)
-    )
     monkeypatch.setattr(distill, "can_compile", lambda device: True)
     monkeypatch.setattr(distill, "FIRST_LOOK", 2)
     monkeypatch.setattr(distill, "COMPILE_FROM", 1)
     monkeypatch.setattr(distill, "show_progress", lambda *rest: None)
-    monkeypatch.setattr(ahead, "workers", workers)
-    monkeypatch.setattr(ahead, "catch_up", catch_up)
+    monkeypatch.setattr(ahead, "helper", there_is_a_helper)
+    monkeypatch.setattr(ahead, "start_workers", start_workers)
+    monkeypatch.setattr(ahead, "take_overs", take_overs)
     assert start("run") == 0
     assert seen == switches
-    assert stances == ["default" if new else "force_eager" for new, _ in switches]
-    assert asked == [2], "only between the first picture and half-time, until all is there"
-    assert len(compiled) == 1
-    assert left, "the workers are left behind"
+    assert left, "the helper is left behind"
 
 
-def test_a_resumed_run_starts_no_workers(start, monkeypatch):
-    """What was compiled for it before is on disk, as a rule."""
+def test_who_has_no_use_for_workers_asks_for_none(start, monkeypatch):
+    """What was compiled for a run that is resumed is on disk, as a rule."""
     asked = []
 
     @contextlib.contextmanager
-    def workers(wanted, *rest):
+    def helper(wanted):
         asked.append(wanted)
-        yield []
+        yield None
 
-    monkeypatch.setattr(ahead, "workers", workers)
-    monkeypatch.setattr(distill, "can_compile", lambda device: True)
+    monkeypatch.setattr(ahead, "helper", helper)
     monkeypatch.setattr(distill, "COMPILE_FROM", 2)
     assert start("run", "--steps", "2") == 0
     assert start("run", "--steps", "2", "--resume") == 0
     assert start("uncompiled", "--steps", "2", "--no-compile") == 0
-    assert asked == [True, False, False]
+    assert start("short", "--steps", "1") == 0
+    assert asked == [True, False, False, False]
+    monkeypatch.setattr(distill, "can_compile", lambda device: True)
     s = sds.DistillSettings("a red bulldog")
+    assert distill.worth_compiling(s, 2, torch.device("cpu"))
     assert not distill.worth_compiling(s, 1, torch.device("cpu")), "too few steps are left"
 
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import sysconfig
+import threading
 from pathlib import Path
 
 import torch
@@ -190,6 +191,9 @@ def load_optimizer(optimizer, state):
 
 # So many calls of a GraphedStep run eagerly before it is captured; one will do if nothing learns.
 EAGER_CALLS = 3
+# Held while a graph is captured, and by a thread that draws random numbers beside such steps: while
+# a graph is captured, nobody else can.
+UNDISTURBED = threading.Lock()
 
 
 class GraphedStep:
@@ -218,10 +222,14 @@ class GraphedStep:
 
     def __call__(self, *arguments):
         self.calls += 1
-        if not self.cuda or self.calls <= self.eager:
-            return self.step(*arguments)
         if self.graph is None:
-            self.capture(arguments)
+            ready = self.cuda and self.calls > self.eager
+            if not ready or not UNDISTURBED.acquire(blocking=False):
+                return self.step(*arguments)
+            try:
+                self.capture(arguments)
+            finally:
+                UNDISTURBED.release()
         for read, given in zip(self.inputs, arguments):
             read.copy_(given, non_blocking=True)
         self.graph.replay()
@@ -242,7 +250,7 @@ class GraphedStep:
 
 @functools.cache
 def stream_of(device, number=0):
-    """Return the stream of `side_stream`, number 0, or one of the two of `side_by_side`.
+    """Return the stream of `side_stream`, number 0 or 3, or one of the two of `side_by_side`.
 
     They are always the same, since cuBLAS keeps a workspace for every stream that it has seen.
     """
@@ -250,15 +258,16 @@ def stream_of(device, number=0):
 
 
 @contextlib.contextmanager
-def side_stream(device):
+def side_stream(device, number=0):
     """On CUDA, work within this context runs on a stream of its own.
 
-    It runs after all work that was launched before, and before all that is launched later.
+    It runs after all work that was launched before, and before all that is launched later. A second
+    thread asks for another one, by the number 3.
     """
     if device.type != "cuda":
         yield
         return
-    stream = stream_of(device)
+    stream = stream_of(device, number)
     before = torch.cuda.current_stream(device)
     stream.wait_stream(before)
     with torch.cuda.stream(stream):
