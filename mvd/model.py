@@ -18,7 +18,7 @@ from .tools.device import GraphedStep, check_seed, side_stream, without_cudnn_se
 from .tools.errors import UserError
 from .tools.files import write_atomic, write_safetensors
 from .tools.vocabulary import known_part
-from .unet import MultiViewUNet, check_variant, is_variant, zero_camera_mlp
+from .unet import Attention, MultiViewUNet, check_variant, is_variant, zero_camera_mlp
 from .vae import VAE
 
 # The model that the repository ships.
@@ -131,14 +131,29 @@ class Uninitialised(TorchFunctionMode):
 
 # ---- the model -------------------------------------------------------------------------------
 
+def join_attention(network, arguments=None):
+    """Join the weights of each Attention, unless they are joined already (`Attention.join`)."""
+    for module in network.modules():
+        if isinstance(module, Attention):
+            module.join()
+
+
 def compile_network(network):
     """Let torch.compile fuse the operations of a network, in place, when it runs.
 
     Each method in its PIECES becomes a program of its own, for each shape that it meets. The first
     shape takes about a minute for all of them, or less where several processes share them
-    (ahead.py). The weights are laid out as a GPU's fast convolutions want them, channels last.
+    (ahead.py). The weights are laid out as a GPU's fast convolutions want them, channels last, and
+    those of attention are joined.
+
+    Afterwards the network may be moved, converted, copied, loaded into and trained. But of the
+    layers to_q, to_k and to_v only the weights may be read then: hooks and adapters there would be
+    passed over.
     """
     network.to(memory_format=torch.channels_last)
+    join_attention(network)
+    # Each call looks where the parameters are by then.
+    network.register_forward_pre_hook(join_attention)
     # For all that is compiled in this process. Later versions call it recompile_limit, too.
     torch._dynamo.config.cache_size_limit = PROGRAMS
     for name in network.PIECES:

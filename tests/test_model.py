@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from agree import near
 from mvd import MVDream, cameras
 from mvd.tools.errors import UserError
 from mvd.tools.files import read_safetensors, write_safetensors
 from mvd.model import FUSION, PRESETS, read_config
 from mvd.tools.vocabulary import IDENTIFIERS
+from mvd.unet import Attention
 
 
 def small_config():
@@ -277,3 +279,88 @@ def test_torch_knows_the_options_of_the_compiler():
         torch.compile(torch.sin, dynamic=False, options=FUSION)
     except RuntimeError as error:
         pytest.fail(f"this version of PyTorch does not take an option of model.FUSION: {error}")
+
+
+# ---- compiled networks -------------------------------------------------------------------------
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """Stands for torch.compile: nothing is compiled, but layers take the form that it sees."""
+    inside = []
+
+    def compile_(function, **options):
+        def program(*arguments):
+            inside.append(function)
+            try:
+                return function(*arguments)
+            finally:
+                inside.pop()
+
+        return program
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: bool(inside))
+
+
+def attentions(model):
+    return [module for module in model.modules() if isinstance(module, Attention)]
+
+
+def ask(model):
+    """What the UNet answers to some latents."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 4, 8, 8, 8, generator=generator).to(model.unet.conv_out.weight.dtype)
+    camera = cameras.extrinsics(cameras.orbit(15.0, torch.arange(4) * 90.0))[None]
+    return model.unet(x, torch.tensor([500]), model.embed(["a red bulldog"]), camera)
+
+
+def other_state():
+    torch.manual_seed(1)
+    model = MVDream(small_config())
+    for p in model.unet.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    return model.state_dict()
+
+
+def loaded(model, **options):
+    model.load_state_dict(other_state(), **options)
+    return model
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model,
+        lambda model: model.double(),
+        lambda model: model.requires_grad_(),
+        loaded,
+        lambda model: loaded(model, assign=True).requires_grad_(False),
+        copy.deepcopy,
+        lambda model: loaded(copy.deepcopy(model)),
+        lambda model: [model.compile_networks(), model][1],
+    ],
+    ids=["none", "dtype", "learning", "load", "assign", "deepcopy", "load copy", "compile again"],
+)
+@torch.no_grad()
+def test_a_compiled_network_joins_attention_wherever_its_weights_are(model, compiler, change):
+    compiled = copy.deepcopy(model)
+    compiled.compile_networks()
+    assert all(a.joined is not None for a in attentions(compiled)), "compiling joins nothing"
+    assert compiled.state_dict().keys() == model.state_dict().keys(), "the state has other names"
+    changed = change(compiled)
+    found = ask(changed)
+    learns = next(changed.parameters()).requires_grad
+    assert all((a.joined is None) == learns for a in attentions(changed)), "joined if it learns"
+    fresh = random_model(small_config()).to(found.dtype)
+    fresh.load_state_dict(changed.state_dict())
+    near(found, ask(fresh), "a compiled network after a change, and one that is not compiled")
+
+
+def test_a_compiled_network_that_learns_is_not_joined(model, compiler):
+    learning = copy.deepcopy(model).requires_grad_()
+    learning.compile_networks()
+    ask(learning).square().sum().backward()
+    for layer in attentions(learning):
+        for name in ("to_q", "to_k", "to_v"):
+            gradient = getattr(layer, name).weight.grad
+            assert gradient is not None and gradient.abs().max() > 0, f"{name} learns nothing"
