@@ -1,4 +1,5 @@
 """MVDream: UNet, VAE and text tower as one object that loads, samples and saves."""
+import contextlib
 import copy
 import json
 import warnings
@@ -18,7 +19,7 @@ from .tools.device import GraphedStep, check_seed, side_stream, without_cudnn_se
 from .tools.errors import UserError
 from .tools.files import write_atomic, write_safetensors
 from .tools.vocabulary import known_part
-from .unet import MultiViewUNet, check_variant, is_variant, zero_camera_mlp
+from .unet import Attention, MultiViewUNet, check_variant, is_variant, zero_camera_mlp
 from .vae import VAE
 
 # The model that the repository ships.
@@ -131,14 +132,29 @@ class Uninitialised(TorchFunctionMode):
 
 # ---- the model -------------------------------------------------------------------------------
 
+def join_attention(network, arguments=None):
+    """Join the weights of each Attention, unless they are joined already (`Attention.join`)."""
+    for module in network.modules():
+        if isinstance(module, Attention):
+            module.join()
+
+
 def compile_network(network):
     """Let torch.compile fuse the operations of a network, in place, when it runs.
 
     Each method in its PIECES becomes a program of its own, for each shape that it meets. The first
     shape takes about a minute for all of them, or less where several processes share them
-    (ahead.py). The weights are laid out as a GPU's fast convolutions want them, channels last.
+    (ahead.py). The weights are laid out as a GPU's fast convolutions want them, channels last, and
+    those of attention are joined.
+
+    Afterwards the network may be moved, converted, copied, loaded into and trained. But of the
+    layers to_q, to_k and to_v only the weights may be read then: hooks and adapters there would be
+    passed over.
     """
     network.to(memory_format=torch.channels_last)
+    join_attention(network)
+    # Each call looks where the parameters are by then.
+    network.register_forward_pre_hook(join_attention)
     # For all that is compiled in this process. Later versions call it recompile_limit, too.
     torch._dynamo.config.cache_size_limit = PROGRAMS
     for name in network.PIECES:
@@ -158,6 +174,18 @@ class MVDream(nn.Module):
         self.unet = MultiViewUNet(config.unet)
         self.vae = VAE(config.vae)
         self.text = TextTower(config.text)
+        self.compiled = False
+        # {what it was captured for: GraphedStep}, of the last sample (see `kept_step`).
+        self.kept = {}
+
+    def _apply(self, *arguments, **options):
+        """As all modules are moved and converted. The graph that is kept goes with its memory."""
+        self.kept.clear()
+        return super()._apply(*arguments, **options)
+
+    def __getstate__(self):
+        """What is copied or pickled: the graph would read the weights of this model."""
+        return {**super().__getstate__(), "kept": {}}
 
     @property
     def device(self):
@@ -292,8 +320,13 @@ class MVDream(nn.Module):
     def compile_networks(self):
         """Let torch.compile fuse the operations of UNet and autoencoder, in place, when they run.
 
-        See `compile_network`.
+        See `compile_network`. And on CUDA the graph of a sample's steps is kept, with its memory,
+        for the next sample, until one has other shapes, another mode, guidance or rescale, or the
+        weights lie elsewhere. What else decides how the UNet computes (its configuration, layers
+        without weights, autocast, TF32) may change between samples only if this is called again.
         """
+        self.compiled = True
+        self.kept.clear()
         for network in (self.unet, self.vae.encoder, self.vae.decoder):
             compile_network(network)
 
@@ -325,6 +358,25 @@ class MVDream(nn.Module):
         return torch.cat(images).unflatten(0, latents.shape[:2])
 
     # ---- sampling ----
+
+    @contextlib.contextmanager
+    def kept_step(self, step, *baked):
+        """Within this context: a GraphedStep of `step`, or once compiled that of the last sample.
+
+        That one if it was captured for the same `baked`, all that `step` reads but its arguments
+        and the weights, and if these lie where its graph reads them. After an error none is kept.
+        """
+        def key():
+            places = [(p.data_ptr(), p.dtype) for p in self.unet.parameters()]
+            return *baked, torch.is_inference_mode_enabled(), *places
+
+        graphed = self.compiled and self.kept.get(key())
+        self.kept.clear()  # another one's memory is needed
+        graphed = graphed or GraphedStep(step, self.device, eager=1)
+        yield graphed
+        if self.compiled:
+            # The weights may lie elsewhere since the first call (`join_attention`).
+            self.kept = {key(): graphed}
 
     @torch.no_grad()
     def sample(
@@ -363,22 +415,23 @@ class MVDream(nn.Module):
         text = self.embed(prompts + [negative])  # [B + 1, L, D]
         context = torch.cat([text[:-1], text[-1:].expand(B, -1, -1)])  # [2B, L, D]
 
-        def guided_noise(x, t):
-            eps, conditional = diffusion.guided_noise(
-                self.unet, x, t, context, camera, guidance
-            )
+        def guided_noise(x, t, context, camera=None):
+            eps, conditional = diffusion.guided_noise(self.unet, x, t, context, camera, guidance)
             return diffusion.rescale(eps, conditional, rescale) if rescale else eps
 
         h = size // self.latent_factor
         shape = (B, views, config.unet.in_channels, h, h)
         times = diffusion.timesteps(steps, sampler).tolist()
-        states = diffusion.sampling_steps(
-            GraphedStep(guided_noise, device, eager=1), shape, steps, sampler, eta,
-            generator=generator, device=device,
-        )
+        told = [context] if camera is None else [context, camera]
+        baked = shape, mode, guidance, rescale, context.dtype
         with side_stream(device):
-            for _, (latents, _) in zip(progress(times), states):
-                pass
+            with self.kept_step(guided_noise, *baked) as step:
+                states = diffusion.sampling_steps(
+                    lambda x, t: step(x, t, *told), shape, steps, sampler, eta,
+                    generator=generator, device=device,
+                )
+                for _, (latents, _) in zip(progress(times), states):
+                    pass
             with without_cudnn_search():
                 return (self.decode(latents).float() / 2 + 0.5).clamp(0, 1)
 

@@ -174,6 +174,31 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(context_width, width, bias=False)
         self.to_v = nn.Linear(context_width, width, bias=False)
         self.to_out = nn.Linear(width, width)
+        # No parameter and no buffer: it is not saved (see `join`).
+        self.joined = None
+
+    def join(self):
+        """Let the weights of k and v, and of q if it reads as many numbers, lie in one tensor.
+
+        A compiler then needs one product for them, which is faster. The parameters become slices
+        of that tensor, so it holds what is written into them. None is made where a weight learns:
+        the gradient would not reach it. Called again, it does nothing unless a weight lies
+        elsewhere by now, or learns.
+        """
+        layers = [self.to_q, self.to_k, self.to_v]
+        if self.to_q.weight.shape != self.to_k.weight.shape:
+            layers.remove(self.to_q)
+        weights = [layer.weight for layer in layers]
+        if any(weight.requires_grad for weight in weights):
+            self.joined = None
+            return
+        if self.joined is not None:
+            slices = self.joined.chunk(len(weights))
+            if all(w.data_ptr() == part.data_ptr() for w, part in zip(weights, slices)):
+                return
+        self.joined = torch.cat(weights)
+        for weight, part in zip(weights, self.joined.chunk(len(weights))):
+            weight.data = part
 
     def split_heads(self, x):
         """[..., L, heads·d] -> [..., heads, L, d]."""
@@ -181,10 +206,15 @@ class Attention(nn.Module):
 
     def forward(self, x, context=None):
         """softmax(q kᵀ / sqrt(d)) v per head (Attention is all you need, eq. 1)."""
-        context = x if context is None else context
-        q = self.split_heads(self.to_q(x))
-        k = self.split_heads(self.to_k(context))
-        v = self.split_heads(self.to_v(context))
+        if self.joined is None or not torch.compiler.is_compiling():
+            context = x if context is None else context
+            q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        elif context is None:
+            q, k, v = F.linear(x, self.joined).chunk(3, dim=-1)
+        else:
+            q = self.to_q(x)
+            k, v = F.linear(context, self.joined[-2 * x.shape[-1] :]).chunk(2, dim=-1)
+        q, k, v = map(self.split_heads, (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v)  # [..., heads, L, d]
         return self.to_out(out.transpose(-3, -2).flatten(-2))
 

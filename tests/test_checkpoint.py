@@ -25,7 +25,7 @@ import torch
 
 import layouts
 from mvd import MVDream, weights
-from mvd.model import read_model
+from mvd.model import join_attention, read_model
 from mvd.tools import checkpoint, cli
 from mvd.tools.errors import UserError
 from mvd.tools.files import read_safetensors, write_safetensors
@@ -239,6 +239,23 @@ def test_the_released_layout_is_written_bit_for_bit(released, name, tmp_path):
     again = MVDream.load(tmp_path / name)
     assert again.config == model.config
     assert_same(again, model)
+
+
+@pytest.mark.parametrize("layout, name", [
+    ("mvd", "m.safetensors"), ("mvdream", "m.safetensors"), ("mvdream", "m.pt"), ("diffusers", "m"),
+])
+def test_joined_weights_are_written_as_others(released, layout, name, tmp_path):
+    torch.save(released, tmp_path / "released.pt")
+    model = MVDream.load(tmp_path / "released.pt")
+    (tmp_path / "plain").mkdir()
+    model.save(tmp_path / "plain" / name, layout=layout)
+    join_attention(model.unet)
+    model.save(tmp_path / name, layout=layout)
+    again = MVDream.load(tmp_path / name)
+    assert_same(again, MVDream.load(tmp_path / "plain" / name))
+    if layout != "diffusers":
+        sizes = [path.stat().st_size for path in (tmp_path / name, tmp_path / "plain" / name)]
+        assert sizes[0] <= sizes[1], "the file holds joined weights more than once"
 
 
 def test_the_released_layout_keeps_our_header(tmp_path):

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from agree import agree, near
 from mvd import MVDream, cameras
 from mvd.tools.errors import UserError
 from mvd.tools.files import read_safetensors, write_safetensors
 from mvd.model import FUSION, PRESETS, read_config
+from mvd.tools.device import GraphedStep
 from mvd.tools.vocabulary import IDENTIFIERS
+from mvd.unet import Attention
 
 
 def small_config():
@@ -277,3 +280,298 @@ def test_torch_knows_the_options_of_the_compiler():
         torch.compile(torch.sin, dynamic=False, options=FUSION)
     except RuntimeError as error:
         pytest.fail(f"this version of PyTorch does not take an option of model.FUSION: {error}")
+
+
+# ---- compiled networks -------------------------------------------------------------------------
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """Stands for torch.compile: nothing is compiled, but layers take the form that it sees."""
+    inside = []
+
+    def compile_(function, **options):
+        def program(*arguments):
+            inside.append(function)
+            try:
+                return function(*arguments)
+            finally:
+                inside.pop()
+
+        return program
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: bool(inside))
+
+
+def attentions(model):
+    return [module for module in model.modules() if isinstance(module, Attention)]
+
+
+def ask(model):
+    """What the UNet answers to some latents."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 4, 8, 8, 8, generator=generator).to(model.unet.conv_out.weight.dtype)
+    camera = cameras.extrinsics(cameras.orbit(15.0, torch.arange(4) * 90.0))[None]
+    return model.unet(x, torch.tensor([500]), model.embed(["a red bulldog"]), camera)
+
+
+def other_state():
+    torch.manual_seed(1)
+    model = MVDream(small_config())
+    for p in model.unet.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    return model.state_dict()
+
+
+def loaded(model, **options):
+    model.load_state_dict(other_state(), **options)
+    return model
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model,
+        lambda model: model.double(),
+        lambda model: model.requires_grad_(),
+        loaded,
+        lambda model: loaded(model, assign=True).requires_grad_(False),
+        copy.deepcopy,
+        lambda model: loaded(copy.deepcopy(model)),
+        lambda model: [model.compile_networks(), model][1],
+    ],
+    ids=["none", "dtype", "learning", "load", "assign", "deepcopy", "load copy", "compile again"],
+)
+@torch.no_grad()
+def test_a_compiled_network_joins_attention_wherever_its_weights_are(model, compiler, change):
+    compiled = copy.deepcopy(model)
+    compiled.compile_networks()
+    assert all(a.joined is not None for a in attentions(compiled)), "compiling joins nothing"
+    assert compiled.state_dict().keys() == model.state_dict().keys(), "the state has other names"
+    changed = change(compiled)
+    found = ask(changed)
+    learns = next(changed.parameters()).requires_grad
+    assert all((a.joined is None) == learns for a in attentions(changed)), "joined if it learns"
+    fresh = random_model(small_config()).to(found.dtype)
+    fresh.load_state_dict(changed.state_dict())
+    near(found, ask(fresh), "a compiled network after a change, and one that is not compiled")
+
+
+def test_a_compiled_network_that_learns_is_not_joined(model, compiler):
+    learning = copy.deepcopy(model).requires_grad_()
+    learning.compile_networks()
+    ask(learning).square().sum().backward()
+    for layer in attentions(learning):
+        for name in ("to_q", "to_k", "to_v"):
+            gradient = getattr(layer, name).weight.grad
+            assert gradient is not None and gradient.abs().max() > 0, f"{name} learns nothing"
+
+
+@pytest.fixture
+def graphs(monkeypatch, compiler):
+    """Stands for CUDA graphs: the list of all GraphedSteps, which replay what they captured."""
+    made = []
+
+    class Graph(GraphedStep):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            self.cuda = True
+            self.replays = 0
+            made.append(self)
+
+        def capture(self, arguments):
+            self.inputs = [argument.clone() for argument in arguments]
+            self.graph = self
+            self.result = self.step(*self.inputs).clone()
+
+        def replay(self):
+            self.replays += 1
+            self.result.copy_(self.step(*self.inputs))
+
+    monkeypatch.setattr("mvd.model.GraphedStep", Graph)
+    return made
+
+
+def compiled_copy(model):
+    compiled = copy.deepcopy(model)
+    compiled.compile_networks()
+    return compiled
+
+
+FIRST = dict(prompt="a red bulldog", views=2, steps=3, size=32)
+
+
+def check_sample(model, **settings):
+    """Compare a sample with that of a model that has drawn nothing before."""
+    settings = {**FIRST, **settings}
+    fresh = compiled_copy(model).sample(**settings)
+    words = f"a sample with {settings} of a model that has drawn before"
+    agree(model.sample(**settings), fresh, words, atol=2e-6)
+
+
+@pytest.mark.parametrize("mode", ["3d", "2d"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(prompt="a bulldog"),
+        dict(negative="red"),
+        dict(seed=1),
+        dict(elevation=60.0, azimuth=20.0),
+        dict(sampler="ddim", eta=0.5),
+        dict(sampler="ddpm", steps=4),
+        dict(steps=1),
+    ],
+    ids=lambda changes: "-".join(changes) or "same",
+)
+def test_the_next_sample_of_a_compiled_model_replays_the_graph(model, graphs, mode, changes):
+    compiled = compiled_copy(model)
+    compiled.sample(**FIRST, mode=mode)
+    (first,) = graphs
+    assert first.replays == 2, "all steps but the first are replayed"
+    check_sample(compiled, mode=mode, **changes)
+    steps = changes.get("steps", 3)
+    assert first.replays == 2 + steps, "the second sample does not replay the graph of the first"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(guidance=2.0),
+        dict(rescale=0.5),
+        dict(views=3),
+        dict(size=48),
+        dict(mode="2d"),
+        dict(prompt=["a bulldog", "a red bulldog"]),
+    ],
+    ids="-".join,
+)
+def test_a_graph_is_replayed_for_no_other_sample(model, graphs, changes):
+    compiled = compiled_copy(model)
+    compiled.sample(**FIRST)
+    (first,) = graphs
+    check_sample(compiled, **changes)
+    assert first.replays == 2, f"the graph of another sample is replayed for {changes}"
+    assert list(compiled.kept.values()) == [graphs[-1]], "more graphs than the last are kept"
+    check_sample(compiled)
+
+
+def with_other_layer(model):
+    layer = model.unet.middle[0].res.embed
+    other = torch.nn.Linear(layer.in_features, layer.out_features).requires_grad_(False)
+    model.unet.middle[0].res.embed = other
+    return model
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.double().float(),
+        lambda model: [model.unet.double(), model.unet.float(), model][-1],
+        lambda model: model.double(),
+        lambda model: [model.text.double(), model][-1],
+        lambda model: loaded(model, assign=True).requires_grad_(False),
+        lambda model: loaded(copy.deepcopy(model)),
+        with_other_layer,
+        lambda model: [model.compile_networks(), model][-1],
+    ],
+    ids=["moved", "unet moved", "dtype", "text", "assign", "deepcopy", "layer", "compile again"],
+)
+def test_a_graph_is_not_replayed_where_the_weights_lie_elsewhere(model, graphs, change):
+    compiled = compiled_copy(model)
+    compiled.sample(**FIRST)
+    (first,) = graphs
+    changed = change(compiled)
+    check_sample(changed)
+    assert first.replays == 2, "the graph reads weights that are no more the model's"
+    last = graphs[-1].replays
+    check_sample(changed)
+    assert graphs[-2].replays == last + 3, "the graph of the changed model is not kept"
+
+
+def test_a_graph_sees_new_numbers_in_the_weights(model, graphs):
+    compiled = compiled_copy(model)
+    compiled.sample(**FIRST)
+    check_sample(loaded(compiled))
+    assert graphs[0].replays == 5, "weights that are where they were need no new graph"
+
+
+def test_a_graph_is_freed_where_the_model_is_moved_or_copied(model, graphs):
+    compiled = compiled_copy(model)
+    compiled.sample(**FIRST)
+    assert compiled.kept, "a compiled model keeps no graph"
+    for words, other in (("copied", copy.deepcopy(compiled)), ("copied", copy.copy(compiled))):
+        assert not other.kept and compiled.kept, f"a model that is {words} shares its graph"
+    compiled.to("cpu")
+    assert not compiled.kept, "a model that is moved keeps the memory of its graph"
+
+
+def test_a_graph_is_not_kept_after_an_error(model, graphs):
+    """Its capture may have failed."""
+    def interrupted(times):
+        yield from times[:2]
+        raise KeyboardInterrupt
+
+    compiled = compiled_copy(model)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            compiled.sample(**FIRST, progress=interrupted)
+        assert not compiled.kept, "the graph of a sample that failed is kept"
+        check_sample(compiled)
+
+
+def test_a_graph_is_freed_before_another_is_captured(model, graphs):
+    def look(times):
+        assert not compiled.kept, "two graphs take memory at once"
+        return times
+
+    compiled = compiled_copy(model)
+    compiled.sample(**FIRST)
+    compiled.sample(**FIRST, guidance=2.0, progress=look)
+
+
+def test_a_graph_of_inference_mode_is_used_there_only(model, graphs):
+    compiled = compiled_copy(model)
+    with torch.inference_mode():
+        compiled.sample(**FIRST)
+    check_sample(compiled)
+    assert graphs[0].replays == 2, "elsewhere its memory may not be written"
+
+
+def test_a_model_that_is_not_compiled_keeps_no_graph(model, graphs):
+    plain = copy.deepcopy(model)
+    for _ in range(2):
+        plain.sample(**FIRST)
+    assert [graph.replays for graph in graphs] == [2, 2] and not plain.kept, "a graph is kept"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda"])
+def test_on_a_gpu_kept_graphs_draw_what_new_ones_do(model, device, monkeypatch):
+    # Float32 shall be float32; another test's training may have changed the second.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    torch.set_float32_matmul_precision("highest")
+    compiled = copy.deepcopy(model)
+    for weight in compiled.unet.parameters():
+        if weight.ndim > 1:  # texts and cameras shall change the pictures
+            torch.nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
+    compiled = compiled_copy(compiled.to(device))
+    fresh = copy.copy(compiled)  # the same networks
+    compiled.sample(**FIRST)
+    for changes, replayed in (
+        (dict(prompt="a bulldog", negative="red", seed=1), True),
+        (dict(elevation=60.0, sampler="ddim", steps=5), True),
+        (dict(guidance=2.0), False),
+        (dict(guidance=2.0, rescale=0.7), False),
+        (dict(views=3), False),
+        (dict(views=3, mode="2d"), False),
+        (dict(views=3, mode="2d", prompt="a bulldog"), True),
+        ({}, False),
+    ):
+        (before,) = compiled.kept.values()
+        assert before.graph is not None, "the step is never captured"
+        drawn = compiled.sample(**{**FIRST, **changes})
+        assert (before in compiled.kept.values()) == replayed, f"replayed or not: {changes}"
+        fresh.kept.clear()
+        expected = fresh.sample(**{**FIRST, **changes})
+        near(drawn, expected, f"a sample with {changes}, of a kept graph and of a new one")

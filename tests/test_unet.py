@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from layouts import named_tensor
 from mvd.tools.errors import UserError
 from mvd.unet import (
     ATTENTION,
+    Attention,
     MultiViewTransformer,
     MultiViewUNet,
     UNetConfig,
@@ -173,6 +175,179 @@ def test_attention_against_a_loop_over_views(attention, across):
     hint += "norm and residual; proj_out and the residual of all. Which tokens see each other?"
     words = f"a block with attention {attention!r}, across_views {across}"
     agree(out, expected, words, hint, rtol=1e-4, atol=1e-4)
+
+
+# ---- attention whose weights are joined for a compiler ------------------------------------------
+
+WIDTHS = dict(argvalues=[64, 48], ids=["contexts as wide as x", "narrower contexts"])
+
+
+@pytest.fixture
+def compiling(monkeypatch):
+    """Layers take the form that a compiler sees."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+
+
+def joined_attention(context_width=64):
+    """An Attention that does not learn, joined, and its weights before."""
+    torch.manual_seed(0)
+    attention = Attention(64, context_width, 32).requires_grad_(False)
+    before = copy.deepcopy(attention.state_dict())
+    attention.join()
+    assert attention.joined is not None, "an attention that does not learn is not joined"
+    return attention, before
+
+
+def check_attention(attention, context, words):
+    """Compare what a compiler sees with the brute force; context [M, D], or None."""
+    torch.manual_seed(1)
+    x = torch.randn(5, 64)
+    expected = brute_force_attention(attention, x, x if context is None else context)
+    hint = "Which slices of the joined tensor are the weights of q, k and v?"
+    agree(attention(x, context), expected, words, hint, rtol=1e-5, atol=1e-6)
+
+
+def products(attention, *given):
+    """The shapes of the weights that a call multiplies with, but for the last: to_out's."""
+    shapes, linear = [], torch.nn.functional.linear
+
+    def note(x, weight, bias=None):
+        shapes.append(tuple(weight.shape))
+        return linear(x, weight, bias)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "linear", note)
+        attention(*given)
+    return shapes[:-1]
+
+
+@pytest.mark.parametrize("width", **WIDTHS)
+def test_joined_attention_is_attention(compiling, width):
+    attention, _ = joined_attention(width)
+    check_attention(attention, torch.randn(7, width), "joined attention to another text")
+    if width == 64:
+        check_attention(attention, None, "joined attention of tokens to each other")
+
+
+def test_joined_attention_takes_fewer_products(compiling):
+    x = torch.randn(5, 64)
+    attention, _ = joined_attention()
+    assert products(attention, x) == [(192, 64)], "q, k and v are not one product"
+    wide = products(attention, x, torch.randn(7, 64))
+    assert wide == [(64, 64), (128, 64)], "k and v of a context are not one product"
+    attention, _ = joined_attention(48)
+    narrow = products(attention, x, torch.randn(7, 48))
+    assert narrow == [(64, 64), (128, 48)], "k and v of a narrow context are not one product"
+
+
+def test_only_a_compiler_sees_joined_attention():
+    """All others compute as before, bit for bit."""
+    attention, before = joined_attention()
+    x = torch.randn(5, 64)
+    assert products(attention, x) == [(64, 64)] * 3, "uncompiled attention uses joined weights"
+    plain = Attention(64, 64, 32)
+    plain.load_state_dict(before)
+    assert torch.equal(attention(x), plain(x)), "joined weights change uncompiled attention"
+
+
+@pytest.mark.parametrize("width", **WIDTHS)
+def test_joined_attention_has_the_same_parameters(width):
+    attention, before = joined_attention(width)
+    after = attention.state_dict()
+    assert list(after) == list(before), "the state has other names"
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor), f"{name} has other numbers"
+    assert not list(attention.buffers()), "the joined tensor is a buffer"
+    addresses = [attention.to_k.weight.data_ptr(), attention.to_v.weight.data_ptr()]
+    start, size = attention.joined.data_ptr(), attention.joined.nbytes
+    inside = [start <= address < start + size for address in addresses]
+    assert all(inside), "the weights are in memory twice"
+
+
+def test_joined_attention_sees_what_is_written_into_its_parameters(compiling):
+    """At once: a CUDA graph reads the joined tensor, and joins nothing."""
+    attention, _ = joined_attention()
+    for layer in (attention.to_q, attention.to_k, attention.to_v):
+        layer.weight.copy_(layer.weight.flip(0))
+    check_attention(attention, None, "joined attention after its weights were written")
+
+
+def new_linear(attention):
+    attention.to_k = torch.nn.Linear(64, 64, bias=False).requires_grad_(False)
+    return attention
+
+
+def new_parameter(attention):
+    attention.to_v.weight = torch.nn.Parameter(0.1 * torch.randn(64, 64), requires_grad=False)
+    return attention
+
+
+def loaded(attention, **options):
+    state = attention.state_dict()
+    state = {name: 0.1 * torch.randn_like(tensor) for name, tensor in state.items()}
+    attention.load_state_dict(state, **options)
+    return attention
+
+
+def copied(attention, copy_of):
+    """The copy, with other numbers: only it must change."""
+    other = copy_of(attention)
+    other.to_k.weight.mul_(2)
+    return other
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda attention: attention.double().float(),
+        lambda attention: attention.to_empty(device="cpu") and loaded(attention),
+        lambda attention: attention.to("meta").to_empty(device="cpu") and loaded(attention),
+        loaded,
+        lambda attention: loaded(attention, assign=True),
+        lambda attention: copied(attention, copy.deepcopy),
+        lambda attention: copied(attention, lambda a: pickle.loads(pickle.dumps(a))),
+        new_linear,
+        new_parameter,
+    ],
+    ids=["dtype", "empty", "meta", "load", "assign", "deepcopy", "pickle", "layer", "parameter"],
+)
+def test_joined_attention_follows_its_parameters(compiling, change):
+    """`join` stands before each call of a compiled network."""
+    attention, before = joined_attention()
+    changed = change(attention)
+    changed.join()
+    check_attention(changed, None, "joined attention after a change of its parameters")
+    if changed is not attention:
+        for name, tensor in before.items():
+            assert torch.equal(attention.state_dict()[name], tensor), f"a copy shares {name}"
+        check_attention(attention, None, "joined attention that was copied")
+
+
+def test_joined_attention_is_converted(compiling):
+    attention, _ = joined_attention()
+    expected = attention(torch.ones(1, 64))
+    attention.bfloat16().join()
+    out = attention(torch.ones(1, 64, dtype=torch.bfloat16))
+    assert out.dtype == torch.bfloat16, f"bfloat16 attention answers in {out.dtype}"
+    agree(out, expected, "joined attention in bfloat16", atol=0.02)
+
+
+def test_joining_again_moves_nothing():
+    attention, _ = joined_attention()
+    joined = attention.joined
+    attention.join()
+    assert attention.joined is joined, "a tensor that is up to date is made anew"
+
+
+@pytest.mark.parametrize("name", ["to_q", "to_k", "to_v"])
+def test_attention_that_learns_is_not_joined(compiling, name):
+    """Also if it begins to learn later."""
+    attention, _ = joined_attention()
+    weight = getattr(attention, name).weight.requires_grad_()
+    attention.join()
+    assert attention.joined is None, f"the gradient of {name} goes to the joined tensor"
+    attention(torch.randn(5, 64)).sum().backward()
+    assert weight.grad is not None and weight.grad.abs().max() > 0, f"{name} learns nothing"
 
 
 def test_time_embedding_against_the_released_numbers():
