@@ -139,22 +139,28 @@ def join_attention(network, arguments=None):
             module.join()
 
 
-def compile_network(network):
-    """Let torch.compile fuse the operations of a network, in place, when it runs.
-
-    Each method in its PIECES becomes a program of its own, for each shape that it meets. The first
-    shape takes about a minute for all of them, or less where several processes share them
-    (ahead.py). The weights are laid out as a GPU's fast convolutions want them, channels last, and
-    those of attention are joined.
+def lay_out(network):
+    """Lay the weights out as fast kernels want them: channels last, those of attention joined.
 
     Afterwards the network may be moved, converted, copied, loaded into and trained. But of the
-    layers to_q, to_k and to_v only the weights may be read then: hooks and adapters there would be
-    passed over.
+    layers to_q, to_k and to_v only the weights may be read then, where it is compiled: hooks and
+    adapters there would be passed over.
     """
     network.to(memory_format=torch.channels_last)
     join_attention(network)
-    # Each call looks where the parameters are by then.
-    network.register_forward_pre_hook(join_attention)
+    if join_attention not in network._forward_pre_hooks.values():
+        # Each call looks where the parameters are by then.
+        network.register_forward_pre_hook(join_attention)
+
+
+def compile_network(network):
+    """Let torch.compile fuse the operations of a network, in place, when it runs; `lay_out`.
+
+    Each method in its PIECES becomes a program of its own, for each shape that it meets. The first
+    shape takes about a minute for all of them, or less where several processes share them
+    (ahead.py).
+    """
+    lay_out(network)
     # For all that is compiled in this process. Later versions call it recompile_limit, too.
     torch._dynamo.config.cache_size_limit = PROGRAMS
     for name in network.PIECES:

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from mvd import MVDream, ahead, sds
+from mvd.model import lay_out
 from mvd.tools.device import UNDISTURBED, side_stream, tune_cuda
 from scripts import saved_model
 from test_model import small_config
@@ -69,7 +70,8 @@ def test_the_shares_of_a_step_are_what_the_step_compiles(model_file, changes, mo
     s = settings(**changes)
     model = MVDream.load(model_file, dtype=getattr(torch, changes.get("dtype", "float32")))
     context = model.embed([s.prompt, s.negative])
-    model.to(memory_format=torch.channels_last)
+    lay_out(model.vae)
+    lay_out(model.unet)
     job = ahead.Job(s, model.config, context.dtype, context.device, memory=0)
     for stage in sds.stages(s):
         torch.compiler.reset()
@@ -487,7 +489,8 @@ def test_the_run_finds_everything_in_the_cache(
     model = MVDream.load(model_file, torch.device(device), dtype)
     with torch.no_grad():
         context = model.embed([s.prompt, s.negative])
-    model.to(memory_format=torch.channels_last)
+    lay_out(model.vae)
+    lay_out(model.unet)
     with ahead.helper(True) as helper:
         ahead.start_workers(helper, s, dtype, model.device)
         everything = [(share, stage) for share in helper.shares for stage in sds.stages(s)]
