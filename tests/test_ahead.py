@@ -99,6 +99,7 @@ def test_the_shares_of_a_step_are_what_the_step_compiles(model_file, changes, mo
         # In the run itself, once its thread has taken over everything, nothing is left to compile.
         torch.compiler.reset()
         distillation.begin(stage)
+        distillation.optimizer.zero_grad(set_to_none=True)
         before = copy.deepcopy(distillation.state_dict())
         with ahead.take_overs(distillation, given_up()) as is_compiled:
             assert is_compiled(stage, wait=True)
@@ -457,53 +458,59 @@ def test_a_run_without_workers_compiles_alone(run):
 
 # ---- all of it -------------------------------------------------------------------------------
 
-@pytest.fixture
-def tuned():
-    """A function that tunes PyTorch as `ahead.work` does; then all is put back."""
-    search, precision = torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision()
-    yield tune_cuda
-    torch.backends.cudnn.benchmark = search
-    torch.set_float32_matmul_precision(precision)
+def count_programs(model_file, device, dtype, processes):
+    """Print how many programs a run finds on disk after its workers, and how many it does not."""
+    from torch._dynamo.utils import counters
+
+    device, dtype = torch.device(device), getattr(torch, dtype)
+    torch.set_num_threads(1)  # as in the workers; code for a CPU depends on it
+    ahead.room = lambda device: processes
+    ahead.spare_memory = lambda device: 32 << 30
+    s = settings(model=model_file)
+    with ahead.helper(True) as helper:
+        tune_cuda(tf32=dtype != torch.float32)  # the cache goes by it
+        ahead.start_workers(helper, s, dtype, device)
+        everything = [(share, stage) for share in helper.shares for stage in sds.stages(s)]
+        assert hear(helper, *everything, seconds=600)
+    model = MVDream.load(model_file, device, dtype)
+    with torch.no_grad():
+        context = model.embed([s.prompt, s.negative])
+    lay_out(model.vae)
+    lay_out(model.unet)
+    distillation = sds.Distillation(s, model, context)
+    with side_stream(device):
+        for stage in sds.stages(s):
+            distillation.begin(stage, compiled=True)
+            distillation.step()
+    found = counters["inductor"]
+    print(found["fxgraph_cache_hit"], found["fxgraph_cache_miss"])
 
 
 @pytest.mark.parametrize(
     "device, dtype, processes",
     [
-        pytest.param("cpu", torch.float32, 3, marks=pytest.mark.slow),
-        pytest.param("cuda:0", torch.bfloat16, 7, marks=pytest.mark.gpu),
+        pytest.param("cpu", "float32", 3, marks=pytest.mark.slow),
+        pytest.param("cuda:0", "bfloat16", 7, marks=pytest.mark.gpu),
     ],
 )
-def test_the_run_finds_everything_in_the_cache(
-    model_file, device, dtype, processes, tuned, tmp_path, monkeypatch
-):
-    """With PyTorch's own compiler. On a CPU it takes minutes, and a compiler of C++."""
-    from torch._dynamo.utils import counters
+def test_the_run_finds_everything_in_the_cache(model_file, device, dtype, processes, tmp_path):
+    """With PyTorch's own compiler. On a CPU it takes minutes, and a compiler of C++.
 
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as here; code for a CPU depends on it
-    monkeypatch.setattr(ahead, "room", lambda device: processes)
-    monkeypatch.setattr(ahead, "spare_memory", lambda device: 32 << 30)
-    tuned(tf32=dtype != torch.float32)  # the cache goes by it
-    s = settings(model=str(model_file))
-    model = MVDream.load(model_file, torch.device(device), dtype)
-    with torch.no_grad():
-        context = model.embed([s.prompt, s.negative])
-    lay_out(model.vae)
-    lay_out(model.unet)
-    with ahead.helper(True) as helper:
-        ahead.start_workers(helper, s, dtype, model.device)
-        everything = [(share, stage) for share in helper.shares for stage in sds.stages(s)]
-        assert hear(helper, *everything, seconds=600)
-    torch.compiler.reset()
-    counters.clear()
-    distillation = sds.Distillation(s, model, context)
-    with side_stream(torch.device(device)):
-        for stage in sds.stages(s):
-            distillation.begin(stage, compiled=True)
-            distillation.step()
-    found = counters["inductor"]
+    In a process of its own: this one may have used the GPU, and then cannot have workers.
+    """
+    folders = dict(TORCHINDUCTOR_CACHE_DIR="inductor", TRITON_CACHE_DIR="triton")
+    environment = {name: str(tmp_path / folder) for name, folder in folders.items()}
+    call = f"count_programs({str(model_file)!r}, {device!r}, {dtype!r}, {processes})"
+    result = subprocess.run(
+        [sys.executable, "-c", f"import conftest, test_ahead; test_ahead.{call}"],
+        cwd=Path(__file__).parent,
+        env=dict(os.environ, OMP_NUM_THREADS="1", **environment),
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert result.returncode == 0, result.stderr
+    found, missed = map(int, result.stdout.split())
     # At least: the field, two halves of the encoder and nine pieces of the UNet.
-    assert found["fxgraph_cache_hit"] >= 12, "the cache was hardly used"
-    missed = found["fxgraph_cache_miss"]
-    assert not missed, f"{missed} programs are compiled anew, beside {found['fxgraph_cache_hit']}"
+    assert found >= 12, "the cache was hardly used"
+    assert not missed, f"{missed} programs are compiled anew, beside {found}"

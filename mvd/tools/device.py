@@ -59,26 +59,12 @@ def choose_dtype(name, device):
 
 
 def tune_cuda(tf32):
-    """Make CUDA faster for steps whose shapes never change: cuDNN may try its algorithms.
+    """Let float32 matrix products on CUDA, such as the field's, round their inputs to TF32, or not.
 
-    tf32: float32 matrix products, such as the field's, may round their inputs to TF32.
+    cuDNN is not told to try its algorithms (`torch.backends.cudnn.benchmark`): on an H100 it takes
+    nine seconds to find what it would have taken.
     """
-    torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
-
-
-@contextlib.contextmanager
-def without_cudnn_search():
-    """Within this context cuDNN tries no algorithms, even after `tune_cuda`.
-
-    For what runs once and is large: some algorithms take tens of gigabytes when they are tried.
-    """
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 def can_compile(device):
