@@ -272,7 +272,7 @@ def distill(s, context, model, out, state=None, helper=None):
             wanted = fine if progress >= s.fine_from else coarse
             compile_now = compiled
             if worth_it and step >= FIRST_LOOK:
-                compile_now = is_compiled(wanted, wait=wanted != stage)
+                compile_now = is_compiled(wanted, ahead.REST if wanted == stage else None)
             if (wanted, compile_now) != (stage, compiled):
                 stage, compiled = wanted, compile_now
                 # First free the earlier step: its graph takes as much memory as the next one's.
@@ -283,7 +283,7 @@ def distill(s, context, model, out, state=None, helper=None):
                 visits[progress < s.occupancy_warm_up]()
             result = take_step()
             if compiled and take_step.graph:
-                is_compiled(fine)  # ask in time, so that nobody waits at half-time
+                is_compiled(fine, 0)  # ask in time, so that nobody waits at half-time
             done = step + 1
             if done % LOG_EVERY == 0 or done == s.steps:
                 log_step(out, done, result, distillation)

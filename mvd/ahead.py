@@ -2,18 +2,19 @@
 
 torch.compile works in one thread of Python: more than a minute for the UNet, and as long again for
 the rest of a step. But it keeps what it has made on disk. So several processes compile a share of a
-step each, with weights that nobody has filled in, while the run takes uncompiled steps. When all
-shares of a part are finished, a thread of the run calls torch.compile for that part and finds the
-results on disk. When all parts are there, the run's compiled steps begin:
+step each, with weights that nobody has filled in, while the run takes a few uncompiled steps. When
+all shares of a part are finished, a thread of the run calls torch.compile for that part and finds
+the results on disk. When all parts are there, the run's compiled steps begin:
 
-    the run              a step, a step, a step, ...                    a compiled step, ...
-    its thread           waits for    field, encoder, UNet: takes over
-    fork server          starts the workers, passes on what they say
-    seven workers        a share of the coarse step, a share of the fine step
+    the run          a picture, now and then a step            compiled steps ...
+    its thread            takes over: encoder, field, UNet     the same of the fine step
+    fork server      starts the workers, passes on what they say
+    seven workers    a share of the coarse step each, then a share of the fine step
 
 The moments of all this depend on how busy the computer is, and each draws random numbers: one more
 reason why a seed does not repeat bit for bit on a GPU.
 """
+import concurrent.futures
 import contextlib
 import copy
 import importlib
@@ -45,6 +46,9 @@ CONTEXT = 1 << 29
 TRANSLATORS = 4
 # A process that has not ended by then, in seconds, hangs.
 PATIENCE = 600
+# Seconds for which a run that waits for its workers rests between two steps: what the GPU and the
+# cores do for uncompiled steps they cannot do for the workers.
+REST = 1.0
 # Seconds between two looks whether the run has ended.
 LOOK_EVERY = 0.1
 # Python changes to a thread that waits after so many seconds. By default it is 5 ms, and a step
@@ -162,12 +166,12 @@ def listen(helper):
 def take_overs(distillation, helper):
     """Within this context a thread makes what the workers compile the run's own.
 
-    Yields a function: is this stage compiled by now? Who asks for the first time sets the thread to
-    it, and with `wait` waits for it. Where there are no workers the answer is yes: then the run
-    compiles a step when it takes it.
+    Yields a function: will this stage be compiled within so many seconds, None for any number? Who
+    asks for the first time sets the thread to it. Where there are no workers the answer is yes:
+    then the run compiles a step when it takes it.
     """
     if not has_workers(helper):
-        yield lambda stage, wait=False: True
+        yield lambda stage, patience: True
         return
     futures, stop = {}, threading.Event()
     before = sys.getswitchinterval()
@@ -175,10 +179,11 @@ def take_overs(distillation, helper):
     with ThreadPoolExecutor(1) as thread:
         thread.submit(import_compiler)
 
-        def is_compiled(stage, wait=False):
+        def is_compiled(stage, patience):
             if stage not in futures:
                 futures[stage] = thread.submit(take_over, distillation, stage, helper, stop)
-            if wait or futures[stage].done():
+            concurrent.futures.wait([futures[stage]], patience)
+            if futures[stage].done():
                 futures[stage].result()  # raises what it has raised
             return futures[stage].done()
 
@@ -298,6 +303,8 @@ def serve(connection, ours):
     for stream in (0, 1, 2):
         os.dup2(nowhere.fileno(), stream)
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(TRANSLATORS))
+    # A worker's translators are forked, too.
+    os.environ.setdefault("TORCHINDUCTOR_WORKER_START", "fork")
     with contextlib.suppress(EOFError):  # the run has no room for workers
         planned, job = connection.recv()
         pass_on(connection, [start(share, job) for share in planned], job)

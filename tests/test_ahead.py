@@ -102,7 +102,7 @@ def test_the_shares_of_a_step_are_what_the_step_compiles(model_file, changes, mo
         distillation.optimizer.zero_grad(set_to_none=True)
         before = copy.deepcopy(distillation.state_dict())
         with ahead.take_overs(distillation, given_up()) as is_compiled:
-            assert is_compiled(stage, wait=True)
+            assert is_compiled(stage, None)
         assert distillation.stage == stage
         assert distillation.rendering == distillation.render_images, "the step itself is changed"
         assert all(p.grad is None for p in distillation.nerf.parameters()), "it has a gradient"
@@ -414,16 +414,16 @@ def test_the_thread_takes_over_what_is_done(run):
     last = ("unet", 3, 4)
     helper = given_up(last)
     with ahead.take_overs(run, helper) as is_compiled:
-        assert not is_compiled(coarse), "one share is not done"
+        assert not is_compiled(coarse, 0), "one share is not done"
         assert wait_until(lambda: len(run.took) == 2)
-        assert not is_compiled(coarse) and run.stage == coarse
+        assert not is_compiled(coarse, 0) and run.stage == coarse
         KEPT[-1].send((last, coarse))
-        assert wait_until(lambda: is_compiled(coarse))
+        assert wait_until(lambda: is_compiled(coarse, 0.1))
         parts = ["encoder", "field", "unet"]
         assert sorted(run.took) == [(coarse, part) for part in parts] and run.took[2][1] == "unet"
-        assert is_compiled(coarse) and len(run.took) == 3, "taken over twice"
+        assert is_compiled(coarse, 0) and len(run.took) == 3, "taken over twice"
         KEPT[-1].send((last, fine))
-        assert is_compiled(fine, wait=True)
+        assert is_compiled(fine, None)
         assert sorted(run.took[3:]) == [(fine, part) for part in parts]
     assert sys.getswitchinterval() == pytest.approx(0.005)
 
@@ -432,7 +432,7 @@ def test_a_run_that_ends_does_not_wait_for_its_workers(run):
     coarse, _ = sds.stages(settings())
     helper = given_up(ahead.shares(7)[0])
     with pytest.raises(KeyError), ahead.take_overs(run, helper) as is_compiled:
-        assert not is_compiled(coarse)
+        assert not is_compiled(coarse, 0)
         raise KeyError
     assert sys.getswitchinterval() == pytest.approx(0.005)
 
@@ -445,14 +445,14 @@ def test_what_fails_in_the_thread_fails_in_the_run(run, monkeypatch):
     monkeypatch.setattr(ahead, "compile_share", fail)
     with pytest.raises(RuntimeError, match="no memory"):
         with ahead.take_overs(run, given_up()) as is_compiled:
-            is_compiled(coarse, wait=True)
+            is_compiled(coarse, None)
     assert not UNDISTURBED.locked()
 
 
 def test_a_run_without_workers_compiles_alone(run):
     for helper in (None, ahead.Helper(None, [], set())):
         with ahead.take_overs(run, helper) as is_compiled:
-            assert all(is_compiled(stage) for stage in sds.stages(settings()))
+            assert all(is_compiled(stage, 0) for stage in sds.stages(settings()))
     assert not run.took
 
 

@@ -488,10 +488,11 @@ def test_the_run_goes_on_until_its_steps_are_compiled(start, ready_from, switche
     def take_overs(distillation, given):
         assert given is helper and distillation.s.model == asked[0]
 
-        def is_compiled(stage, wait=False):
+        def is_compiled(stage, patience):
             assert len(seen) >= 2, "nobody has seen a picture yet"
-            assert wait == (stage.size == 16 and seen[-1][1] == 8), "it waits at half-time only"
-            if wait or len(seen) >= ready_from:
+            new = stage.size == 16 and seen[-1][1] == 8
+            assert patience == (None if new else ahead.REST), "it waits at half-time only"
+            if new or len(seen) >= ready_from:
                 ready.append(stage)
             return stage in ready
 
