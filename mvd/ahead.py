@@ -2,12 +2,12 @@
 
 torch.compile works in one thread of Python: more than a minute for the UNet, and as long again for
 the rest of a step. But it keeps what it has made on disk. So several processes compile a share of a
-step each, with weights that nobody has filled in, while the run takes a few uncompiled steps. When
-all shares of a part are finished, a thread of the run calls torch.compile for that part and finds
-the results on disk. When all parts are there, the run's compiled steps begin:
+step each, with weights that nobody has filled in, while the run takes a few uncompiled steps.
+Whenever one of them has finished, a thread of the run calls torch.compile for the same share and
+finds the result on disk. When all shares are there, the run's compiled steps begin:
 
     the run          a picture, now and then a step            compiled steps ...
-    its thread            takes over: encoder, field, UNet     the same of the fine step
+    its thread                takes over share after share     the same for the fine step
     fork server      starts the workers, passes on what they say
     seven workers    a share of the coarse step each, then a share of the fine step
 
@@ -18,6 +18,7 @@ import concurrent.futures
 import contextlib
 import copy
 import importlib
+import itertools
 import multiprocessing
 import os
 import signal
@@ -195,34 +196,30 @@ def take_overs(distillation, helper):
 
 
 def arrivals(helper, stage, stop):
-    """Yield the parts of a step as all their shares are compiled, or given up, for this stage.
-
-    Ends early when `stop` is set.
-    """
-    waiting = {part for part, _, _ in helper.shares}
+    """Yield the shares of this stage as they are compiled, or given up, until `stop` is set."""
+    waiting = list(helper.shares)
     while waiting and not stop.is_set():
-        missing = {share[0] for share in helper.shares if (share, stage) not in helper.done}
-        for part in waiting - missing:
-            waiting.remove(part)
-            yield part
-            break
-        else:
-            if not listen(helper):
-                return
+        share = next((share for share in waiting if (share, stage) in helper.done), None)
+        if share:
+            waiting.remove(share)
+            yield share
+        elif not listen(helper):
+            return
 
 
 def take_over(distillation, stage, helper, stop):
-    """Compile the parts of a stage as they arrive, from what the workers have put on disk.
+    """Compile the shares of a stage as they arrive, from what the workers have put on disk.
 
     What the run itself computes is not touched.
     """
     apart = copy.copy(distillation)
     apart.nerf = copy.deepcopy(distillation.nerf)  # for gradients of its own
+    known = {}
     with side_stream(distillation.device, number=3):
         apart.begin(stage, compiled=True)
-        for part in arrivals(helper, stage, stop):
+        for share in arrivals(helper, stage, stop):
             with UNDISTURBED:
-                compile_share(apart, part, 0, 1)
+                compile_share(apart, *share, known)
                 torch.cuda.empty_cache()
 
 
@@ -241,25 +238,27 @@ def unfilled(function, *arguments):
 
 
 @contextlib.contextmanager
-def only(network, number, count):
+def only(network, number, count, known):
     """Within this context a compiled network runs a share of its pieces, and no others.
 
     These are, in the order of its calls, the pieces `number`, `number + count`, and so on. Where
     gradients are wanted, as in the encoder, a piece returns one tensor, and its way back is run at
-    once, so that it is compiled, too.
+    once, so that it is compiled, too. known: as of `compile_share`.
     """
     programs = {name: getattr(network, name) for name in network.PIECES}
-    called = []
+    calls = itertools.count()
 
     def choose(name, *arguments):
-        called.append(name)
-        if (len(called) - 1) % count != number:
-            return unfilled(getattr(type(network), name), network, *arguments)
-        result = programs[name](*arguments)
-        if torch.is_grad_enabled():
-            result.sum().backward()
-            result = result.detach().requires_grad_()
-        return result
+        call = next(calls)
+        key = type(network), call
+        if call % count == number:
+            known[key] = programs[name](*arguments)
+            if torch.is_grad_enabled():
+                known[key].sum().backward()
+                known[key] = known[key].detach().requires_grad_()
+        elif key not in known:
+            known[key] = unfilled(getattr(type(network), name), network, *arguments)
+        return known[key]
 
     for name in programs:
         setattr(network, name, partial(choose, name))
@@ -270,22 +269,26 @@ def only(network, number, count):
             setattr(network, name, program)
 
 
-def compile_share(distillation, part, number, count):
-    """Run a share of one part of a step, compiled, and its way back."""
+def compile_share(distillation, part, number, count, known):
+    """Run a share of one part of a step, compiled, and its way back.
+
+    known: {place: result} of what other shares have run or found out for this stage; added to.
+    """
     draws = distillation.draw()
     model = distillation.model
     if part == "field":
         images, _, penalty = distillation.rendering(draws)
         (images.sum() + penalty).backward()
     elif part == "encoder":
-        images, _, _ = unfilled(distillation.render_images, draws)
-        with only(model.vae.encoder, number, count):
-            distillation.encode(images)
+        if "images" not in known:
+            known["images"], _, _ = unfilled(distillation.render_images, draws)
+        with only(model.vae.encoder, number, count, known):
+            distillation.encode(known["images"])
     else:
         side = model.config.size // model.latent_factor
         shape = (distillation.stage.sets, distillation.s.views, model.config.unet.in_channels)
         latents = torch.zeros(*shape, side, side, device=distillation.device)
-        with only(model.unet, number, count):
+        with only(model.unet, number, count, known):
             distillation.ask(latents, draws)
 
 
@@ -347,11 +350,7 @@ def import_compiler():
 def work(writer, share, job):
     """A worker: compiles a share of a step for each stage, and writes which stage it was."""
     signal.alarm(PATIENCE)  # ends it
-    # CUDA takes as long to begin as the compiler to be imported: both at once.
-    with ThreadPoolExecutor(1) as thread:
-        if job.device.type == "cuda":
-            thread.submit(torch.zeros, 1, device=job.device)
-        import_compiler()
+    import_compiler()  # which forks the translators, before the GPU is touched
     tune_cuda(tf32=job.dtype != torch.float32)
     if job.device.type == "cuda":
         _, total = torch.cuda.mem_get_info(job.device)
@@ -360,8 +359,9 @@ def work(writer, share, job):
     with side_stream(job.device):
         for stage in sds.stages(job.s):
             distillation.begin(stage, compiled=True)
-            compile_share(distillation, *share)
+            compile_share(distillation, *share, known={})
             writer.send(stage)
+            os.nice(5)  # the run, and others, may still be at this stage
 
 
 def empty_distillation(part, job):

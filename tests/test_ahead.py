@@ -88,7 +88,7 @@ def test_the_shares_of_a_step_are_what_the_step_compiles(model_file, changes, mo
                 seen[:] = []
                 empty = ahead.empty_distillation(share[0], job)
                 empty.begin(stage, compiled=True)
-                ahead.compile_share(empty, *share)
+                ahead.compile_share(empty, *share, known={})
                 assert seen, f"{share} has nothing to do"
                 made += seen
             for graph in wanted:
@@ -156,15 +156,20 @@ def test_only_a_share_of_the_pieces_is_run():
     network.square = square = partial(program, "square")
     network.halve = partial(program, "halve")
     shares = {0: ["square", "halve"], 1: ["halve"], 2: ["square"]}
+    known = {}
     for number, share in shares.items():
         calls.clear()
         ways_back.clear()
-        with ahead.only(network, number, 3):
+        with ahead.only(network, number, 3, known):
             network.forward(torch.ones(2, requires_grad=True))
         assert calls == ways_back == share, f"share {number} of 3"
-        with ahead.only(network, number, 3), torch.no_grad():
+        with ahead.only(network, number, 3, {}), torch.no_grad():
             network.forward(torch.ones(2))
         assert calls == 2 * share and ways_back == share
+    assert len(known) == 4, "some pieces are not known"
+    with ahead.only(network, 2, 3, known):
+        results = [network.square("not asked"), network.halve("not asked")]
+    assert results[0] is known[Network, 0] and results[1] is known[Network, 1]
     assert network.square is square, "the network is not put back"
 
 
@@ -197,7 +202,7 @@ KEPT = []
 
 # What they do in the tests below, in place of `ahead.compile_share`.
 
-def compile_share(distillation, part, number, count):
+def compile_share(distillation, part, number, count, known):
     globals()[part](distillation)
 
 
@@ -396,11 +401,13 @@ def run(monkeypatch):
             assert compiled
             self.stage = stage
 
-    def compile_share(apart, part, number, count):
+    def compile_share(apart, *share_and_known):
+        *share, known = share_and_known
         assert threading.current_thread() is not threading.main_thread(), "the run would stop"
         assert UNDISTURBED.locked(), "a graph could be captured now"
-        assert (number, count) == (0, 1) and apart.nerf is not run.nerf
-        run.took.append((apart.stage, part))
+        assert apart.nerf is not run.nerf, "the run's field would have gradients"
+        assert known.setdefault("stage", apart.stage) == apart.stage, "that is of another stage"
+        run.took.append((apart.stage, tuple(share)))
 
     coarse, _ = sds.stages(settings())
     run = Run(stage=coarse, device=torch.device("cpu"), nerf=torch.nn.Linear(1, 1), took=[])
@@ -409,22 +416,20 @@ def run(monkeypatch):
 
 
 def test_the_thread_takes_over_what_is_done(run):
-    """A part is, when its last share is."""
     coarse, fine = sds.stages(settings())
-    last = ("unet", 3, 4)
-    helper = given_up(last)
+    shares = ahead.shares(7)
+    helper = given_up(shares[-1])
     with ahead.take_overs(run, helper) as is_compiled:
         assert not is_compiled(coarse, 0), "one share is not done"
-        assert wait_until(lambda: len(run.took) == 2)
+        assert wait_until(lambda: len(run.took) == 6)
         assert not is_compiled(coarse, 0) and run.stage == coarse
-        KEPT[-1].send((last, coarse))
+        KEPT[-1].send((shares[-1], coarse))
         assert wait_until(lambda: is_compiled(coarse, 0.1))
-        parts = ["encoder", "field", "unet"]
-        assert sorted(run.took) == [(coarse, part) for part in parts] and run.took[2][1] == "unet"
-        assert is_compiled(coarse, 0) and len(run.took) == 3, "taken over twice"
-        KEPT[-1].send((last, fine))
+        assert run.took == [(coarse, share) for share in shares]
+        assert is_compiled(coarse, 0) and len(run.took) == 7, "taken over twice"
+        KEPT[-1].send((shares[-1], fine))
         assert is_compiled(fine, None)
-        assert sorted(run.took[3:]) == [(fine, part) for part in parts]
+        assert run.took[7:] == [(fine, share) for share in shares]
     assert sys.getswitchinterval() == pytest.approx(0.005)
 
 
