@@ -369,7 +369,7 @@ def main(argv=None):
     with ahead.helper(s.compile and s.steps >= COMPILE_FROM and not s.resume) as helper:
         device = choose_device(s.device)
         dtype = choose_dtype(s.dtype, device)
-        tune_cuda(tf32=dtype != torch.float32)
+        tune_cuda(tf32=dtype != torch.float32, search=False)
         if helper:
             ahead.start_workers(helper, s, dtype, device)
         model = MVDream.load(s.model, device, dtype)

@@ -499,7 +499,7 @@ def learn(s, model, rgba, prompts, plain, out):
     save_png(out / "photos.png", grid(on_grey / 2 + 0.5, 5))
 
     torch.manual_seed(s.seed)
-    tune_cuda(tf32=True)
+    tune_cuda(tf32=True, search=True)
     if s.flips:
         rgba = torch.cat([rgba, rgba.flip(-1)])
     subject = Subject(

@@ -779,7 +779,7 @@ def main(argv=None):
     held = run.holds_run(s.out)
     foreign = parallel.in_first_life("there was a run in --out", held)
     s.resume = s.resume or (parallel.restarted() and held and not foreign)
-    tune_cuda(tf32=True)
+    tune_cuda(tf32=True, search=True)
     parallel.together(lambda: check_settings(s))
     sources = parallel.together(lambda: find_data(s))
     first = parallel.together(lambda: first_config(s))

@@ -39,8 +39,8 @@ from .tools.device import UNDISTURBED, can_compile, side_stream, tune_cuda
 
 # Memory of the GPU, in bytes, that a process and the run need. The run's is for its graph and for
 # what it takes over beside it.
-MEMORY_OF_WORKER = 3 << 30
-MEMORY_OF_RUN = 8 << 30
+MEMORY_OF_WORKER = 4 << 30
+MEMORY_OF_RUN = 11 << 30
 # CUDA itself takes so much of a process's memory.
 CONTEXT = 1 << 29
 # PyTorch translates what a process has compiled into the GPU's language in so many more.
@@ -351,7 +351,7 @@ def work(writer, share, job):
     """A worker: compiles a share of a step for each stage, and writes which stage it was."""
     signal.alarm(PATIENCE)  # ends it
     import_compiler()  # which forks the translators, before the GPU is touched
-    tune_cuda(tf32=job.dtype != torch.float32)
+    tune_cuda(tf32=job.dtype != torch.float32, search=False)
     if job.device.type == "cuda":
         _, total = torch.cuda.mem_get_info(job.device)
         torch.cuda.set_per_process_memory_fraction(min(1.0, job.memory / total), job.device)

@@ -460,7 +460,7 @@ def main(argv=None):
     begin = time.time()
     device = choose_device(flags.device)
     dtype = choose_dtype(flags.dtype, device)
-    tune_cuda(tf32=dtype != torch.float32)  # as distill.py
+    tune_cuda(tf32=dtype != torch.float32, search=False)  # as distill.py
     torch.manual_seed(0)
     m, notes = load(flags, device, dtype)
     compiled = flags.compile and can_compile(device)

@@ -15,7 +15,7 @@ from . import cameras, diffusion, presets, weights
 from .presets import PRESETS, ModelConfig
 from .text import TextTower
 from .tools import checkpoint, claims, diffusers
-from .tools.device import GraphedStep, check_seed, side_stream
+from .tools.device import GraphedStep, check_seed, side_stream, without_cudnn_search
 from .tools.errors import UserError
 from .tools.files import write_atomic, write_safetensors
 from .tools.vocabulary import known_part
@@ -438,7 +438,8 @@ class MVDream(nn.Module):
                 )
                 for _, (latents, _) in zip(progress(times), states):
                     pass
-            return (self.decode(latents).float() / 2 + 0.5).clamp(0, 1)
+            with without_cudnn_search():
+                return (self.decode(latents).float() / 2 + 0.5).clamp(0, 1)
 
 
 def check_pickle(path, config, parts, layout):

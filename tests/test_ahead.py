@@ -473,7 +473,7 @@ def count_programs(model_file, device, dtype, processes):
     ahead.spare_memory = lambda device: 32 << 30
     s = settings(model=model_file)
     with ahead.helper(True) as helper:
-        tune_cuda(tf32=dtype != torch.float32)  # the cache goes by it
+        tune_cuda(tf32=dtype != torch.float32, search=False)  # the cache goes by it
         ahead.start_workers(helper, s, dtype, device)
         everything = [(share, stage) for share in helper.shares for stage in sds.stages(s)]
         assert hear(helper, *everything, seconds=600)

@@ -72,6 +72,17 @@ def test_a_name_without_a_number_is_the_first(monkeypatch):
         device.choose_device("cuda:2")
 
 
+def test_cudnn_searches_again_after_a_context_without():
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        with device.without_cudnn_search():
+            assert not torch.backends.cudnn.benchmark
+        assert torch.backends.cudnn.benchmark
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 # ---- memory ----------------------------------------------------------------------------------
 
 GPU, COMPUTER = "the GPU", "the computer"

@@ -132,6 +132,26 @@ def test_noise_does_not_depend_on_the_layout_in_memory(model, monkeypatch):
     torch.testing.assert_close(*drawn)
 
 
+def test_the_pictures_of_a_sample_are_decoded_without_trying_algorithms(model, monkeypatch):
+    """What `tune_cuda` switched on is off while they are decoded, and on again afterwards.
+
+    Also after a failure.
+    """
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    seen, decode = [], model.vae.decode
+    monkeypatch.setattr(
+        model.vae,
+        "decode",
+        lambda z: seen.append(torch.backends.cudnn.benchmark) or decode(z),
+    )
+    model.sample("a bulldog", steps=1)
+    assert seen == [False] * 4 and torch.backends.cudnn.benchmark
+    monkeypatch.setattr(model.vae, "decode", lambda z: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.sample("a bulldog", steps=1)
+    assert torch.backends.cudnn.benchmark
+
+
 def test_sample_is_guided_ddim_written_out(model):
     """Two steps of DDIM by hand.
 
