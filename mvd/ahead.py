@@ -34,7 +34,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from . import sds
-from .model import ModelConfig, MVDream, Uninitialised, compile_network, read_config
+from .model import ModelConfig, MVDream, Uninitialised, read_config
 from .tools.device import UNDISTURBED, can_compile, side_stream, tune_cuda
 
 # Memory of the GPU, in bytes, that a process and the run need. The run's is for its graph and for
@@ -343,7 +343,7 @@ def pass_on(connection, workers, job):
 
 
 def import_compiler():
-    """Import PyTorch's compiler. It takes longer than the rest of PyTorch, so not every run does."""
+    """Import PyTorch's compiler: only where it is needed, since that takes seconds."""
     importlib.import_module("torch._inductor.compile_fx")
 
 
