@@ -52,6 +52,8 @@ PROGRESS = "Progress: the render, with noise, what the model believes it shows, 
 FIRST_LOOK = 20
 # If fewer steps are left, they do not make up for compiling.
 COMPILE_FROM = 4000
+# A step's random numbers are those of a seed of its own, which is no step's of the next run's.
+SEEDS_APART = 1_000_003
 # What to try where memory does not suffice.
 SMALLER = (
     "half the --coarse-budget and --fine-budget, --coarse-sets 1, --fine-sets 1, or a smaller "
@@ -261,20 +263,22 @@ def distill(s, context, model, out, state=None, helper=None):
     graphed = not worth_it or ahead.has_workers(helper)
     stage, compiled = None, False
 
-    with (
-        cli.interrupt_flag() as interrupted,
-        side_stream(device),
-        ahead.take_overs(distillation, helper) as is_compiled,
-    ):
+    taking_over = ahead.take_overs(distillation, helper)
+    with cli.interrupt_flag() as interrupted, side_stream(device), taking_over as is_compiled:
         bar = tqdm(range(start, s.steps), initial=start, total=s.steps, desc=s.prompt)
         for step in bar:
             progress = step / s.steps
             wanted = fine if progress >= s.fine_from else coarse
-            compile_now = compiled
-            if worth_it and step >= FIRST_LOOK:
-                compile_now = is_compiled(wanted, ahead.REST if wanted == stage else None)
-            if (wanted, compile_now) != (stage, compiled):
-                stage, compiled = wanted, compile_now
+            ready = worth_it and step >= FIRST_LOOK and is_compiled(wanted, ahead.REST)
+            while compiled and not ready and not interrupted.is_set():
+                ready = is_compiled(wanted, ahead.REST)
+            if compiled and not ready:
+                break
+            if ahead.has_workers(helper):
+                # Whenever the thread compiles, PyTorch sets its random numbers back.
+                torch.manual_seed((s.seed * SEEDS_APART + step) % 2**63)
+            if (wanted, ready) != (stage, compiled):
+                stage, compiled = wanted, ready
                 # First free the earlier step: its graph takes as much memory as the next one's.
                 take_step = result = None
                 take_step = new_step(distillation, stage, compiled, compiled or graphed)
@@ -282,7 +286,7 @@ def distill(s, context, model, out, state=None, helper=None):
             if step % s.occupancy_every == 0:
                 visits[progress < s.occupancy_warm_up]()
             result = take_step()
-            if compiled and take_step.graph:
+            if compiled and take_step.graph and progress < s.fine_from < 1:
                 is_compiled(fine, 0)  # ask in time, so that nobody waits at half-time
             done = step + 1
             if done % LOG_EVERY == 0 or done == s.steps:
@@ -290,14 +294,20 @@ def distill(s, context, model, out, state=None, helper=None):
                 bar.set_postfix(loss=f"{result.loss.item():.2f}")
             if done % show_every == 0 or (done == FIRST_LOOK and s.steps > FIRST_LOOK):
                 show_progress(distillation, result, out, done)
-            stop = interrupted.is_set()
-            if done % s.save_every == 0 or done == s.steps or stop:
-                check_step(out, done, result)
-                state = {"step": done, **distillation.state_dict(), "random": random_state()}
-                run.save_checkpoint(out / run.CHECKPOINT, state)
-            if stop:
+            if done % s.save_every == 0:
+                save(distillation, result, out, done)
+            if interrupted.is_set():
                 break
+    if done > start and done % s.save_every:
+        save(distillation, result, out, done)
     return distillation, done, interrupted.code
+
+
+def save(distillation, result, out, done):
+    """Write the checkpoint. Raises as `check_step`."""
+    check_step(out, done, result)
+    state = {"step": done, **distillation.state_dict(), "random": random_state()}
+    run.save_checkpoint(out / run.CHECKPOINT, state)
 
 
 def occupancy_visits(distillation):
@@ -366,7 +376,9 @@ def main(argv=None):
     s = cli.parse(DistillSettings, argv, __doc__, preset_settings)
     check(s)
     # A run that is resumed mostly finds on disk what was compiled for it; else it compiles alone.
-    with ahead.helper(s.compile and s.steps >= COMPILE_FROM and not s.resume) as helper:
+    # Not `worth_compiling`, which asks for the GPU.
+    helped = s.compile and s.steps >= COMPILE_FROM and not s.resume
+    with ahead.fork_server(helped) as helper:
         device = choose_device(s.device)
         dtype = choose_dtype(s.dtype, device)
         tune_cuda(tf32=dtype != torch.float32, search=False)

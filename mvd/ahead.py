@@ -11,8 +11,8 @@ finds the result on disk. When all shares are there, the run's compiled steps be
     fork server      starts the workers, passes on what they say
     seven workers    a share of the coarse step each, then a share of the fine step
 
-The moments of all this depend on how busy the computer is, and each draws random numbers: one more
-reason why a seed does not repeat bit for bit on a GPU.
+How many steps are uncompiled depends on how busy the computer is: one more reason why a seed does
+not repeat bit for bit on a GPU.
 """
 import concurrent.futures
 import contextlib
@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_map_only
 
 from . import sds
 from .model import ModelConfig, MVDream, Uninitialised, read_config
-from .tools.device import UNDISTURBED, can_compile, side_stream, tune_cuda
+from .tools.device import THREAD, UNDISTURBED, can_compile, side_stream, tune_cuda
 
 # Memory of the GPU, in bytes, that a process and the run need. The run's is for its graph and for
 # what it takes over beside it.
@@ -45,7 +45,7 @@ MEMORY_OF_RUN = 11 << 30
 CONTEXT = 1 << 29
 # PyTorch translates what a process has compiled into the GPU's language in so many more.
 TRANSLATORS = 4
-# A process that has not ended by then, in seconds, hangs.
+# Seconds that a worker has for all stages. It may hang.
 PATIENCE = 600
 # Seconds for which a run that waits for its workers rests between two steps: what the GPU and the
 # cores do for uncompiled steps they cannot do for the workers.
@@ -104,13 +104,13 @@ def room(device):
 
 
 @contextlib.contextmanager
-def helper(wanted):
+def fork_server(wanted):
     """Within this context there is a Helper, if it is `wanted`; else None.
 
-    It is a process that waits for `start_workers` and then forks them, so that nothing has to be
-    imported again. It is forked before the run asks for a GPU, be it only how many there are:
-    afterwards a forked process cannot use one. It ends with the run, and Ctrl-C in the terminal
-    does not reach it.
+    The fork server is a process that waits for `start_workers` and then forks them, so that nothing
+    has to be imported again. It is forked before the run asks for a GPU, be it only how many there
+    are: afterwards a forked process cannot use one. It ends with the run, and Ctrl-C in the
+    terminal does not reach it.
     """
     if not wanted or sys.platform != "linux" or torch.cuda.is_initialized():
         yield None
@@ -167,9 +167,9 @@ def listen(helper):
 def take_overs(distillation, helper):
     """Within this context a thread makes what the workers compile the run's own.
 
-    Yields a function: will this stage be compiled within so many seconds, None for any number? Who
-    asks for the first time sets the thread to it. Where there are no workers the answer is yes:
-    then the run compiles a step when it takes it.
+    Yields a function: will this stage be compiled within so many seconds? Who asks for the first
+    time sets the thread to it. Where there are no workers the answer is yes: then the run compiles
+    a step when it takes it.
     """
     if not has_workers(helper):
         yield lambda stage, patience: True
@@ -184,7 +184,7 @@ def take_overs(distillation, helper):
             if stage not in futures:
                 futures[stage] = thread.submit(take_over, distillation, stage, helper, stop)
             concurrent.futures.wait([futures[stage]], patience)
-            if futures[stage].done():
+            if futures[stage].done() and patience:
                 futures[stage].result()  # raises what it has raised
             return futures[stage].done()
 
@@ -210,17 +210,28 @@ def arrivals(helper, stage, stop):
 def take_over(distillation, stage, helper, stop):
     """Compile the shares of a stage as they arrive, from what the workers have put on disk.
 
-    What the run itself computes is not touched.
+    The run may take steps meanwhile, compiled or not.
     """
     apart = copy.copy(distillation)
     apart.nerf = copy.deepcopy(distillation.nerf)  # for gradients of its own
+    apart.model = twin(distillation.model)
+    apart.model.unet = twin(apart.model.unet)
+    apart.model.vae = twin(apart.model.vae)
+    apart.model.vae.encoder = twin(apart.model.vae.encoder)
     known = {}
-    with side_stream(distillation.device, number=3):
+    with side_stream(distillation.device, THREAD):
         apart.begin(stage, compiled=True)
         for share in arrivals(helper, stage, stop):
             with UNDISTURBED:
                 compile_share(apart, *share, known)
                 torch.cuda.empty_cache()
+
+
+def twin(module):
+    """Another module with the same layers: what is set in it is not set in the first one."""
+    other = copy.copy(module)
+    other._modules = dict(module._modules)
+    return other
 
 
 # ---- both sides: how a part is compiled ------------------------------------------------------
@@ -302,44 +313,45 @@ def serve(connection, ours):
     """
     ours.close()  # so that the connection closes however the run ends
     os.setsid()
+    # OpenMP's threads do not survive a fork: who waits for them waits for ever.
+    torch.set_num_threads(1)
     sys.stdout = sys.stderr = nowhere = open(os.devnull, "r+")
     for stream in (0, 1, 2):
         os.dup2(nowhere.fileno(), stream)
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(TRANSLATORS))
     # A worker's translators are forked, too.
     os.environ.setdefault("TORCHINDUCTOR_WORKER_START", "fork")
-    with contextlib.suppress(EOFError):  # the run has no room for workers
+    try:
         planned, job = connection.recv()
-        pass_on(connection, [start(share, job) for share in planned], job)
+        if not torch.cuda._is_in_bad_fork():  # the run had asked for GPUs before it forked
+            pass_on(connection, [start(share, job, connection) for share in planned], job)
+    except EOFError:
+        pass  # the run has no room for workers
+    finally:
+        os.killpg(0, signal.SIGKILL)  # with all that they have started
 
 
-def start(share, job):
+def start(share, job, connection):
     """Start a worker: (the connection on which it writes, its share)."""
     fork = multiprocessing.get_context("fork")
     reader, writer = fork.Pipe(duplex=False)
     with contextlib.suppress(OSError):  # there are too many processes: this share is given up
-        fork.Process(target=work, args=(writer, share, job)).start()
+        fork.Process(target=work, args=(connection, writer, share, job)).start()
     writer.close()
     return reader, share
 
 
 def pass_on(connection, workers, job):
-    """Tell the run what the workers say. If one has ended, say so of all its stages.
-
-    Ends with the run, and then ends all workers and what they have started, by force.
-    """
+    """Tell the run what the workers say, until it ends. Of one that has ended: all its stages."""
     share_of = dict(workers)
-    try:
-        while connection not in (heard := wait([connection, *share_of])):
-            for reader in heard:
-                try:
-                    connection.send((share_of[reader], reader.recv()))
-                except EOFError:
-                    share = share_of.pop(reader)
-                    for stage in sds.stages(job.s):
-                        connection.send((share, stage))
-    finally:
-        os.killpg(0, signal.SIGKILL)
+    while connection not in (heard := wait([connection, *share_of])):
+        for reader in heard:
+            try:
+                connection.send((share_of[reader], reader.recv()))
+            except EOFError:
+                share = share_of.pop(reader)
+                for stage in sds.stages(job.s):
+                    connection.send((share, stage))
 
 
 def import_compiler():
@@ -347,8 +359,9 @@ def import_compiler():
     importlib.import_module("torch._inductor.compile_fx")
 
 
-def work(writer, share, job):
+def work(connection, writer, share, job):
     """A worker: compiles a share of a step for each stage, and writes which stage it was."""
+    connection.close()  # so that it closes when the fork server ends
     signal.alarm(PATIENCE)  # ends it
     import_compiler()  # which forks the translators, before the GPU is touched
     tune_cuda(tf32=job.dtype != torch.float32, search=False)

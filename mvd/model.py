@@ -132,13 +132,18 @@ class Uninitialised(TorchFunctionMode):
 
 # ---- the model -------------------------------------------------------------------------------
 
+@torch.inference_mode(False)  # in which weights would be of no use elsewhere
 def join_attention(network, arguments=None):
-    """Join the weights of each Attention, unless they are joined already (`Attention.join`)."""
+    """Join the weights of each Attention, unless they are joined already (`Attention.join`).
+
+    arguments: those of the call before which it stands, as a hook.
+    """
     for module in network.modules():
         if isinstance(module, Attention):
             module.join()
 
 
+@torch.inference_mode(False)
 def lay_out(network):
     """Lay the weights out as fast kernels want them: channels last, those of attention joined.
 
@@ -154,14 +159,14 @@ def lay_out(network):
 
 
 def compile_network(network):
-    """Let torch.compile fuse the operations of a network, in place, when it runs; `lay_out`.
+    """Let torch.compile fuse the operations of a network, in place, when it runs.
 
     Each method in its PIECES becomes a program of its own, for each shape that it meets. The first
     shape takes about a minute for all of them, or less where several processes share them
-    (ahead.py).
+    (ahead.py). Its weights are laid out first.
     """
     lay_out(network)
-    # For all that is compiled in this process. Later versions call it recompile_limit, too.
+    # For all that this thread compiles. Later versions call it recompile_limit, too.
     torch._dynamo.config.cache_size_limit = PROGRAMS
     for name in network.PIECES:
         program = torch.compile(getattr(type(network), name), dynamic=False, options=FUSION)
@@ -191,7 +196,7 @@ class MVDream(nn.Module):
 
     def __getstate__(self):
         """What is copied or pickled: the graph would read the weights of this model."""
-        return {**super().__getstate__(), "kept": {}}
+        return {**self.__dict__, "kept": {}}
 
     @property
     def device(self):
@@ -330,6 +335,7 @@ class MVDream(nn.Module):
         for the next sample, until one has other shapes, another mode, guidance or rescale, or the
         weights lie elsewhere. What else decides how the UNet computes (its configuration, layers
         without weights, autocast, TF32) may change between samples only if this is called again.
+        Its memory is free after `model.kept.clear()` and Python's `gc.collect()`.
         """
         self.compiled = True
         self.kept.clear()

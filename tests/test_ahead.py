@@ -54,7 +54,9 @@ def describe(tensor):
         dict(loss="sds", smoothness=0.0),
     ],
 )
-def test_the_shares_of_a_step_are_what_the_step_compiles(model_file, changes, monkeypatch):
+def test_the_shares_of_a_step_are_what_the_step_compiles(
+    model_file, changes, given_up, monkeypatch
+):
     """The compiler is asked for the same graphs, with inputs of the same layout, at each stage."""
     compile_, seen = torch.compile, []
 
@@ -101,15 +103,24 @@ def test_the_shares_of_a_step_are_what_the_step_compiles(model_file, changes, mo
         distillation.begin(stage)
         distillation.optimizer.zero_grad(set_to_none=True)
         before = copy.deepcopy(distillation.state_dict())
-        with ahead.take_overs(distillation, given_up()) as is_compiled:
+        helper, _ = given_up()
+        with ahead.take_overs(distillation, helper) as is_compiled:
             assert is_compiled(stage, None)
+        places = [weight.data_ptr() for weight in model.parameters()]
         assert distillation.stage == stage
         assert distillation.rendering == distillation.render_images, "the step itself is changed"
         assert all(p.grad is None for p in distillation.nerf.parameters()), "it has a gradient"
         for part, tensors in before["nerf"].items():
             assert torch.equal(tensors, distillation.state_dict()["nerf"][part]), f"{part} learned"
         seen[:] = []
+        programs = [vars(model.unet).get(name) for name in model.unet.PIECES]
         distillation.begin(stage, compiled=True)
+        assert programs != [vars(model.unet).get(name) for name in model.unet.PIECES], (
+            "the thread has changed the network that the run asks"
+        )
+        assert places == [weight.data_ptr() for weight in model.parameters()], (
+            "a graph of the run would read where the weights were"
+        )
         distillation.step()
         assert not seen, f"at {stage} the step compiles this once more:\n{seen[0][0]}"
 
@@ -186,17 +197,24 @@ def test_seven_processes_share_out_what_three_do():
             assert numbers == list(range(count)), f"a share of {part} is missing, or there twice"
 
 
-def given_up(*left):
-    """A Helper whose seven workers have ended, without work done, apart from these shares."""
-    ours, theirs = multiprocessing.Pipe()
-    shares, stages = ahead.shares(7), sds.stages(settings())
-    done = {(share, stage) for share in shares if share not in left for stage in stages}
-    ahead_of = ahead.Helper(ours, shares, done)
-    KEPT.append(theirs)  # open: nobody says anything, but somebody could
-    return ahead_of
+@pytest.fixture
+def given_up():
+    """given_up(*left) -> a Helper whose workers have all given up, apart from these shares, and
+    a function that says what those would say.
+    """
+    ends = []
 
+    def given_up(*left):
+        ours, theirs = multiprocessing.Pipe()
+        ends.extend([ours, theirs])
+        shares, stages = ahead.shares(7), sds.stages(settings())
+        done = {(share, stage) for share in shares if share not in left for stage in stages}
+        return ahead.Helper(ours, shares, done), theirs.send
 
-KEPT = []
+    yield given_up
+    for end in ends:
+        end.close()
+
 
 # ---- the workers -----------------------------------------------------------------------------
 
@@ -254,13 +272,14 @@ def start(model_file, monkeypatch):
     monkeypatch.setattr(ahead, "room", lambda device: 8)
     monkeypatch.setattr(ahead, "spare_memory", lambda device: 64 << 30)
     monkeypatch.setattr(ahead, "compile_share", compile_share)
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: False)  # another test has asked
     s = settings(model=str(model_file))
 
     @contextlib.contextmanager
     def start(*functions):
         shares = [(function.__name__, 0, 1) for function in functions]
         monkeypatch.setattr(ahead, "shares", lambda processes: shares)
-        with ahead.helper(True) as helper:
+        with ahead.fork_server(True) as helper:
             ahead.start_workers(helper, s, torch.bfloat16, torch.device("cpu"))
             assert helper.shares == shares
             yield helper
@@ -325,9 +344,33 @@ def test_nobody_is_waited_for_if_the_fork_server_has_died(start, tmp_path, monke
     with start(work_on) as helper:
         assert wait_until(lambda: notes.exists() and notes.read_text())
         worker = int(notes.read_text().split()[0])
-        os.killpg(os.getpgid(worker), signal.SIGKILL)
+        os.kill(os.getpgid(worker), signal.SIGKILL)
         _, fine = sds.stages(settings())
         assert list(ahead.arrivals(helper, fine, threading.Event())) == []
+
+
+def test_workers_do_not_wait_for_threads_of_the_run(start, tmp_path, monkeypatch):
+    """OpenMP's threads do not survive a fork."""
+    monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
+    torch.set_num_threads(2)
+    try:
+        torch.rand(2000, 2000) @ torch.rand(2000, 2000)
+        with start(compute) as helper:
+            assert hear(helper, (helper.shares[0], sds.stages(settings())[0])), "it waits for ever"
+    finally:
+        torch.set_num_threads(1)
+
+
+def compute(distillation):
+    torch.rand(2000, 2000) @ torch.rand(2000, 2000)
+
+
+def test_a_run_that_has_asked_for_gpus_goes_on_alone(start, monkeypatch):
+    """A process that is forked then cannot use them."""
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    with start(note_stage) as helper:
+        assert wait_until(lambda: not ahead.listen(helper)), "the run waits for nobody"
+        assert list(ahead.arrivals(helper, sds.stages(settings())[0], threading.Event())) == []
 
 
 def test_there_is_no_helper_where_none_is_of_use(monkeypatch):
@@ -335,7 +378,7 @@ def test_there_is_no_helper_where_none_is_of_use(monkeypatch):
     def is_there(wanted=True, in_use=False, platform="linux"):
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda: in_use)
         monkeypatch.setattr(sys, "platform", platform)
-        with ahead.helper(wanted) as helper:
+        with ahead.fork_server(wanted) as helper:
             return helper is not None
 
     assert is_there()
@@ -385,7 +428,7 @@ def test_a_share_is_given_up_if_its_worker_cannot_be_started(monkeypatch):
         raise BlockingIOError("Resource temporarily unavailable")
 
     monkeypatch.setattr(multiprocessing.get_context("fork").Process, "start", refuse)
-    reader, share = ahead.start(("field", 0, 1), None)
+    reader, share = ahead.start(("field", 0, 1), None, None)
     assert share == ("field", 0, 1)
     with pytest.raises(EOFError):
         reader.recv()
@@ -398,7 +441,7 @@ def run(monkeypatch):
     """A run, without a model, that notes what is taken over: `took`."""
     class Run(SimpleNamespace):
         def begin(self, stage, compiled):
-            assert compiled
+            assert compiled and self.model.vae.encoder is not run.model.vae.encoder
             self.stage = stage
 
     def compile_share(apart, *share_and_known):
@@ -410,47 +453,61 @@ def run(monkeypatch):
         run.took.append((apart.stage, tuple(share)))
 
     coarse, _ = sds.stages(settings())
-    run = Run(stage=coarse, device=torch.device("cpu"), nerf=torch.nn.Linear(1, 1), took=[])
+    model = torch.nn.Module()
+    model.unet, model.vae = torch.nn.Module(), torch.nn.Module()
+    model.vae.encoder = torch.nn.Module()
+    field = torch.nn.Linear(1, 1)
+    run = Run(stage=coarse, device=torch.device("cpu"), model=model, nerf=field, took=[])
     monkeypatch.setattr(ahead, "compile_share", compile_share)
     return run
 
 
-def test_the_thread_takes_over_what_is_done(run):
+def test_the_thread_takes_over_what_is_done(run, given_up):
     coarse, fine = sds.stages(settings())
     shares = ahead.shares(7)
-    helper = given_up(shares[-1])
+    helper, say = given_up(shares[-1])
     with ahead.take_overs(run, helper) as is_compiled:
         assert not is_compiled(coarse, 0), "one share is not done"
         assert wait_until(lambda: len(run.took) == 6)
         assert not is_compiled(coarse, 0) and run.stage == coarse
-        KEPT[-1].send((shares[-1], coarse))
+        say((shares[-1], coarse))
         assert wait_until(lambda: is_compiled(coarse, 0.1))
         assert run.took == [(coarse, share) for share in shares]
         assert is_compiled(coarse, 0) and len(run.took) == 7, "taken over twice"
-        KEPT[-1].send((shares[-1], fine))
+        say((shares[-1], fine))
         assert is_compiled(fine, None)
         assert run.took[7:] == [(fine, share) for share in shares]
     assert sys.getswitchinterval() == pytest.approx(0.005)
 
 
-def test_a_run_that_ends_does_not_wait_for_its_workers(run):
+def test_a_run_that_ends_does_not_wait_for_its_workers(run, given_up):
     coarse, _ = sds.stages(settings())
-    helper = given_up(ahead.shares(7)[0])
-    with pytest.raises(KeyError), ahead.take_overs(run, helper) as is_compiled:
-        assert not is_compiled(coarse, 0)
-        raise KeyError
+    helper, _ = given_up(ahead.shares(7)[0])
+
+    def end():
+        with pytest.raises(KeyError), ahead.take_overs(run, helper) as is_compiled:
+            assert not is_compiled(coarse, 0)
+            raise KeyError
+
+    thread = threading.Thread(target=end, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive(), "it waits"
     assert sys.getswitchinterval() == pytest.approx(0.005)
 
 
-def test_what_fails_in_the_thread_fails_in_the_run(run, monkeypatch):
+def test_what_fails_in_the_thread_fails_in_the_run(run, given_up, monkeypatch):
+    """When the run needs it, not before."""
     def fail(*rest):
         raise RuntimeError("no memory")
 
     coarse, _ = sds.stages(settings())
     monkeypatch.setattr(ahead, "compile_share", fail)
-    with pytest.raises(RuntimeError, match="no memory"):
-        with ahead.take_overs(run, given_up()) as is_compiled:
-            is_compiled(coarse, None)
+    helper, _ = given_up()
+    with ahead.take_overs(run, helper) as is_compiled:
+        assert wait_until(lambda: is_compiled(coarse, 0))
+        with pytest.raises(RuntimeError, match="no memory"):
+            is_compiled(coarse, ahead.REST)
     assert not UNDISTURBED.locked()
 
 
@@ -472,7 +529,7 @@ def count_programs(model_file, device, dtype, processes):
     ahead.room = lambda device: processes
     ahead.spare_memory = lambda device: 32 << 30
     s = settings(model=model_file)
-    with ahead.helper(True) as helper:
+    with ahead.fork_server(True) as helper:
         tune_cuda(tf32=dtype != torch.float32, search=False)  # the cache goes by it
         ahead.start_workers(helper, s, dtype, device)
         everything = [(share, stage) for share in helper.shares for stage in sds.stages(s)]

@@ -27,6 +27,7 @@ import toy_data
 from mvd import MVDream, ahead, cameras, presets, render, sds
 from mvd.data import find_objects
 from mvd.hashgrid import HashGridConfig
+from mvd.model import lay_out
 from mvd.nerf import NeRF, NeRFConfig
 from mvd.tools import cli, run
 from mvd.tools.files import read_safetensors, write_safetensors
@@ -463,16 +464,18 @@ def test_the_compiler_takes_over_after_the_first_picture(start, monkeypatch, tmp
 @pytest.mark.parametrize(
     "ready_from, switches",
     [
-        (3, [(False, 8), (False, 8), (False, 8), (True, 16), (True, 16), (True, 16)]),
+        # Uncompiled, it does not wait for the fine stage, which here is not ready at once;
+        (3, [(False, 8), (False, 8), (False, 8), (False, 16), (False, 16), (True, 16)]),
+        # compiled it does.
         (2, [(False, 8), (False, 8), (True, 8), (True, 16), (True, 16), (True, 16)]),
-        # At half-time the run waits.
-        (9, [(False, 8), (False, 8), (False, 8), (True, 16), (True, 16), (True, 16)]),
+        (9, [(False, 8), (False, 8), (False, 8), (False, 16), (False, 16), (False, 16)]),
     ],
 )
 def test_the_run_goes_on_until_its_steps_are_compiled(start, ready_from, switches, monkeypatch):
     """Nothing is compiled here: only when that would be is noted."""
     helper = ahead.Helper(None, ["a share"], set())
-    asked, ready, seen, left = [], [], [], []
+    asked, seen, drawn, left = [], [], [], []
+    waits = iter([False, False])  # what is said of the fine stage at first
 
     @contextlib.contextmanager
     def there_is_a_helper(wanted):
@@ -490,11 +493,9 @@ def test_the_run_goes_on_until_its_steps_are_compiled(start, ready_from, switche
 
         def is_compiled(stage, patience):
             assert len(seen) >= 2, "nobody has seen a picture yet"
-            new = stage.size == 16 and seen[-1][1] == 8
-            assert patience == (None if new else ahead.REST), "it waits at half-time only"
-            if new or len(seen) >= ready_from:
-                ready.append(stage)
-            return stage in ready
+            assert patience == ahead.REST, "it takes too many uncompiled steps, or too few"
+            torch.manual_seed(7)  # as PyTorch does where it compiles
+            return len(seen) >= ready_from and (stage.size == 8 or next(waits, True))
 
         yield is_compiled
 
@@ -504,6 +505,7 @@ def test_the_run_goes_on_until_its_steps_are_compiled(start, ready_from, switche
 
     def step(distillation):
         seen.append(distillation.noted)
+        drawn.append(torch.rand(()).item())
         return real_step(distillation)
 
     real_begin, real_step = sds.Distillation.begin, sds.Distillation.step
@@ -513,12 +515,53 @@ def test_the_run_goes_on_until_its_steps_are_compiled(start, ready_from, switche
     monkeypatch.setattr(distill, "FIRST_LOOK", 2)
     monkeypatch.setattr(distill, "COMPILE_FROM", 1)
     monkeypatch.setattr(distill, "show_progress", lambda *rest: None)
-    monkeypatch.setattr(ahead, "helper", there_is_a_helper)
+    monkeypatch.setattr(ahead, "fork_server", there_is_a_helper)
     monkeypatch.setattr(ahead, "start_workers", start_workers)
     monkeypatch.setattr(ahead, "take_overs", take_overs)
     assert start("run") == 0
     assert seen == switches
-    assert left, "the helper is left behind"
+    assert len(set(drawn)) == 6, "steps have the same random numbers"
+    assert left, "the fork server is left behind"
+
+
+def test_ctrl_c_ends_a_run_that_waits_at_half_time(start, tmp_path, monkeypatch):
+    @contextlib.contextmanager
+    def take_overs(distillation, helper):
+        def is_compiled(stage, patience):
+            if stage.size == 16:
+                signal.raise_signal(signal.SIGINT)
+            return stage.size == 8
+
+        yield is_compiled
+
+    begin = sds.Distillation.begin
+    monkeypatch.setattr(
+        sds.Distillation, "begin", lambda self, stage, compiled=False: begin(self, stage)
+    )
+    monkeypatch.setattr(distill, "can_compile", lambda device: True)
+    monkeypatch.setattr(distill, "FIRST_LOOK", 1)
+    monkeypatch.setattr(distill, "COMPILE_FROM", 1)
+    monkeypatch.setattr(ahead, "take_overs", take_overs)
+    assert start("run", "--save-every", "6") == 130
+    assert run.last_checkpoint(tmp_path / "run")["step"] == 3, "the three steps are lost"
+
+
+def test_the_weights_lie_from_the_first_step_on_where_compiled_steps_read_them(start, monkeypatch):
+    """The graph of an uncompiled step reads where they lay."""
+    places = []
+
+    def step(distillation):
+        model = distillation.model
+        before = [weight.data_ptr() for weight in model.parameters()]
+        lay_out(model.unet)
+        lay_out(model.vae.encoder)
+        places.append(before == [weight.data_ptr() for weight in model.parameters()])
+        return real_step(distillation)
+
+    real_step = sds.Distillation.step
+    monkeypatch.setattr(sds.Distillation, "step", step)
+    assert start("run", "--steps", "1") == 0
+    assert places == [True], "compiling moves weights"
 
 
 def test_who_has_no_use_for_workers_asks_for_none(start, monkeypatch):
@@ -530,7 +573,7 @@ def test_who_has_no_use_for_workers_asks_for_none(start, monkeypatch):
         asked.append(wanted)
         yield None
 
-    monkeypatch.setattr(ahead, "helper", helper)
+    monkeypatch.setattr(ahead, "fork_server", helper)
     monkeypatch.setattr(distill, "COMPILE_FROM", 2)
     assert start("run", "--steps", "2") == 0
     assert start("run", "--steps", "2", "--resume") == 0

@@ -206,10 +206,11 @@ class GraphedStep:
     None. Its shapes must not change, and it must never wait for the device.
 
     On CUDA the first `eager` calls run as they are, as the allocator, the compiler and the
-    optimizer's state need. Then the step is captured. From then on a call copies its arguments
-    to where the graph reads them, replays the graph, and returns the same tensor with new
-    numbers; the step's Python code does not run any more. On other devices every call runs the
-    step itself. Call it within `side_stream`, since the default stream cannot be captured.
+    optimizer's state need. Then the step is captured, or later, if another thread holds
+    UNDISTURBED. From then on a call copies its arguments to where the graph reads them, replays the
+    graph, and returns the same tensor with new numbers; the step's Python code does not run any
+    more. On other devices every call runs the step itself. Call it within `side_stream`, since the
+    default stream cannot be captured.
 
     pool: steps that never run at the same time may share their memory: they get the same
     `torch.cuda.graph_pool_handle()`.
@@ -251,9 +252,13 @@ class GraphedStep:
             self.result = self.step(*self.inputs)
 
 
+# The number of the stream of a second thread, see `stream_of`.
+THREAD = 3
+
+
 @functools.cache
 def stream_of(device, number=0):
-    """Return the stream of `side_stream`, number 0 or 3, or one of the two of `side_by_side`.
+    """Return the stream of `side_stream`, 0 or THREAD, or one of `side_by_side`, 1 and 2.
 
     They are always the same, since cuBLAS keeps a workspace for every stream that it has seen.
     """
@@ -264,8 +269,8 @@ def stream_of(device, number=0):
 def side_stream(device, number=0):
     """On CUDA, work within this context runs on a stream of its own.
 
-    It runs after all work that was launched before, and before all that is launched later. A second
-    thread asks for another one, by the number 3.
+    It runs after all work that was launched before, and before all that is launched later. number:
+    THREAD in a second thread.
     """
     if device.type != "cuda":
         yield
