@@ -298,8 +298,8 @@ def distill(s, context, model, out, state=None, helper=None):
                 save(distillation, result, out, done)
             if interrupted.is_set():
                 break
-    if done > start and done % s.save_every:
-        save(distillation, result, out, done)
+        if done > start and done % s.save_every:
+            save(distillation, result, out, done)
     return distillation, done, interrupted.code
 
 
