@@ -19,7 +19,7 @@ def test_threads_sleep_while_they_wait(monkeypatch):
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     threads.spin_then_sleep()
     assert os.environ["OMP_WAIT_POLICY"] == "passive"
-    assert 100 <= int(os.environ["GOMP_SPINCOUNT"]) <= 5000, "they spin too long, or never"
+    assert 5000 <= int(os.environ["GOMP_SPINCOUNT"]) <= 20000, "they spin too long, or hardly"
 
 
 def test_what_the_user_says_counts(monkeypatch):
