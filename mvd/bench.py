@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from . import cameras, model, presets, render, sds
 from .model import MVDream
@@ -240,13 +240,22 @@ def parts(m, s):
     yield from network_parts(m, s.views)
 
 
+def operations(function):
+    """The floating point operations of a call. PyTorch's counter lacks fused attention on CPUs."""
+    def attention(query_shape, key_shape, value_shape, *arguments, **options):
+        return sdpa_flop_count(query_shape, key_shape, value_shape)
+
+    lacking = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    with FlopCounterMode(display=False, custom_mapping=lacking) as counter:
+        function()
+    return counter.get_total_flops()
+
+
 def count_operations(m, s):
     """{part: floating point operations}, counted before anything is compiled."""
     counts = {}
     for part, function, _ in parts(m, replace(s, compile=False)):
-        with FlopCounterMode(display=False) as counter:
-            function()
-        counts[part] = counter.get_total_flops()
+        counts[part] = operations(function)
     return counts
 
 
