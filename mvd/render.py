@@ -25,6 +25,7 @@ OPAQUE = -math.log(1e-4)        # optical depth after which 1e-4 of the light is
 # 65536 / φ, φ², φ³ with φ⁴ = φ + 1: multiples of these, modulo 65536, lie evenly in a cube.
 SCATTER = (53685, 43977, 36025)
 AT_ONCE = 1 << 25               # steps looked up in one go, uncompiled: 128 MiB per operation
+MOST_SAMPLES = 1 << 20          # of a picture that the field is asked for in one go
 
 
 # ---- 1. where matter is ----------------------------------------------------------------------
@@ -432,14 +433,12 @@ class Pictures:
 
 
 @torch.no_grad()
-def render_views(nerf, occupancy, c2w, fov_deg, size, *, background, step, normals=False,
-                 chunk=1024):
+def render_views(nerf, occupancy, c2w, fov_deg, size, *, background, step, normals=False):
     """Pictures of the field for people: nothing is random or thinned, and there is no shading.
 
     c2w [V, 4, 4]; fov_deg, a number or [V]; size: pixels per side; background: a number or [3] in
-    [0, 1], or None for the NeRF's own; normals: are they wanted too (1.6 times the time); chunk:
-    rays at a time. Returns Pictures. Not for a training step: the number of samples is read from
-    the device.
+    [0, 1], or None for the NeRF's own; normals: are they wanted too (1.6 times the time). Returns
+    Pictures. Not for a training step: the number of samples is read from the device.
     """
     origins, directions = rays(c2w, fov_deg, size)
     origins = origins.reshape(-1, 3)
@@ -447,8 +446,9 @@ def render_views(nerf, occupancy, c2w, fov_deg, size, *, background, step, norma
     # The normals are asked for by a light that changes nothing.
     flat = Shading(light=origins.new_zeros(3), softness=0.0) if normals else None
 
+    rows = max(1, MOST_SAMPLES // math.ceil(DIAGONAL / step))
     chunks = []
-    for o, d in zip(origins.split(chunk), directions.split(chunk)):
+    for o, d in zip(origins.split(rows), directions.split(rows)):
         middle = o.new_full((len(o),), 0.5)
         first, counts = march_rays(occupancy, o, d, step=step, jitter=middle)
         budget = max(int(counts[:, -1].sum()), 1)

@@ -705,11 +705,14 @@ TWO_VIEWS = orbit([0.0, 30.0], [0.0, 100.0], 2.0)
 FINE = DIAGONAL / 512
 
 
-def test_pictures_of_a_ball():
+@pytest.mark.parametrize("most_samples", [500, 500 * 512, 1 << 20])
+def test_pictures_of_a_ball(most_samples, monkeypatch):
+    """A ray, 500 rays, or all rays of both views at once."""
+    monkeypatch.setattr("mvd.render.MOST_SAMPLES", most_samples)
     field = Ball(density=400.0, radius=0.5, edge=0.002)
     picture = render_views(
         field, grid_of(field, FINE), TWO_VIEWS, 40.0, 33, background=torch.ones(3), step=FINE,
-        normals=True, chunk=500)
+        normals=True)
     position = TWO_VIEWS[:, :3, 3]
 
     def centre(values):
