@@ -35,24 +35,21 @@ class GroupNorm(nn.GroupNorm):
 
         the variance within the channels plus that between them. Rule: v = E[a²] - E[a]² is taken of
         a = x - (the channel's first pixel), so that the squares of a large mean do not swallow a
-        small variance.
+        small variance. (It is one of the h·w pixels, so v is at least E[a]² / (h·w), which is far
+        above rounding.)
         """
+        by_group = (self.num_groups, -1)
         first = x[:, :, :1, :1].detach()
         away = x - first
-        offset = away.mean((2, 3))  # [N, C]
-        square = (away * away).mean((2, 3))
-        channel_mean = first[..., 0, 0] + offset
-        within = (square - offset * offset).clamp(min=0)
+        offset = away.mean((2, 3), keepdim=True)  # [N, C, 1, 1]
+        within = (away * away).mean((2, 3), keepdim=True) - offset * offset
+        within = within.unflatten(1, by_group)  # [N, groups, C / groups, 1, 1]
+        channel_mean = (first + offset).unflatten(1, by_group)
+        between, mean = torch.var_mean(channel_mean, 2, correction=0, keepdim=True)
+        variance = within.mean(2, keepdim=True) + between  # [N, groups, 1, 1, 1]
 
-        by_group = (self.num_groups, -1)
-        channel_mean = channel_mean.unflatten(1, by_group)  # [N, groups, C / groups]
-        within = within.unflatten(1, by_group)
-        mean = channel_mean.mean(2, keepdim=True)  # [N, groups, 1]
-        between = (channel_mean - mean).square()
-        variance = within.mean(2, keepdim=True) + between.mean(2, keepdim=True)
-
-        weight = self.weight.float().unflatten(0, by_group)
-        bias = self.bias.float().unflatten(0, by_group)
-        scale = weight * torch.rsqrt(variance + self.eps)  # [N, groups, C / groups]
+        weight = self.weight.view(*by_group, 1, 1)
+        bias = self.bias.view(*by_group, 1, 1)
+        scale = weight * torch.rsqrt(variance + self.eps)  # [N, groups, C / groups, 1, 1]
         shift = bias - mean * scale
-        return x * scale.flatten(1)[..., None, None] + shift.flatten(1)[..., None, None]
+        return x * scale.flatten(1, 2) + shift.flatten(1, 2)

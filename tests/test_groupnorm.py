@@ -58,6 +58,16 @@ def test_a_large_mean_does_not_swallow_a_small_variance():
     assert (layer.written_out(x).double() - defined(layer, x)).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("side", [8, 512])
+def test_a_first_pixel_unlike_all_others_leaves_the_variance_right(side):
+    """All others are alike, so that E[a²] and E[a]² are nearly the same."""
+    layer = make()
+    x = torch.zeros(1, CHANNELS, side, side)
+    x[..., 0, 0] = 1000
+    found, wanted = layer.written_out(x).double(), defined(layer, x)
+    assert (found - wanted).norm() < 1e-2 * wanted.norm(), "the variance is lost in rounding"
+
+
 def test_both_forms_have_the_same_gradients(monkeypatch):
     layer = make()
     gradients = []
