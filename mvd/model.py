@@ -186,16 +186,17 @@ class MVDream(nn.Module):
         self.vae = VAE(config.vae)
         self.text = TextTower(config.text)
         self.compiled = False
-        # {what it was captured for: GraphedStep}, of the last sample (see `kept_step`).
+        # {name of a part: (what it was captured for, GraphedStep)}, of the last sample (see
+        # `kept_step`).
         self.kept = {}
 
     def _apply(self, *arguments, **options):
-        """As all modules are moved and converted. The graph that is kept goes with its memory."""
+        """As all modules are moved and converted. The graphs that are kept go with their memory."""
         self.kept.clear()
         return super()._apply(*arguments, **options)
 
     def __getstate__(self):
-        """What is copied or pickled: the graph would read the weights of this model."""
+        """What is copied or pickled: the graphs would read the weights of this model."""
         return {**self.__dict__, "kept": {}}
 
     @property
@@ -331,11 +332,12 @@ class MVDream(nn.Module):
     def compile_networks(self):
         """Let torch.compile fuse the operations of UNet and autoencoder, in place, when they run.
 
-        See `compile_network`. And on CUDA the graph of a sample's steps is kept, with its memory,
-        for the next sample, until one has other shapes, another mode, guidance or rescale, or the
-        weights lie elsewhere. What else decides how the UNet computes (its configuration, layers
-        without weights, autocast, TF32) may change between samples only if this is called again.
-        Its memory is free after `model.kept.clear()` and Python's `gc.collect()`.
+        See `compile_network`. And on CUDA a sample's graphs, of text tower, steps and decoder, are
+        kept, with their memory, for the next sample, until one has other shapes, another mode,
+        guidance or rescale, or the weights lie elsewhere. What else decides how a part computes
+        (its configuration, layers without weights, autocast, TF32) may change between samples only
+        if this is called again. Their memory is free after `model.kept.clear()` and Python's
+        `gc.collect()`.
         """
         self.compiled = True
         self.kept.clear()
@@ -360,35 +362,39 @@ class MVDream(nn.Module):
             z = z + torch.exp(0.5 * logvar) * noise
         return (self.config.vae.scale_factor * z).unflatten(0, images.shape[:2])
 
-    def decode(self, latents):
+    def decode(self, latents, decoder=None):
         """Scaled latents [B, V, c, h, w] -> images [B, V, 3, H, W], about in [-1, 1].
 
-        One picture at a time, since wide feature maps take memory.
+        One picture at a time, since wide feature maps take memory. decoder: what stands for
+        `vae.decode`; it may return the same tensor each time, with new numbers.
         """
+        decoder = decoder or self.vae.decode
         z = (latents / self.config.vae.scale_factor).flatten(0, 1)
-        images = [self.vae.decode(one) for one in z.split(1)]
+        images = [decoder(one).clone() for one in z.split(1)]
         return torch.cat(images).unflatten(0, latents.shape[:2])
 
     # ---- sampling ----
 
     @contextlib.contextmanager
-    def kept_step(self, step, *baked):
+    def kept_step(self, name, step, *baked):
         """Within this context: a GraphedStep of `step`, or once compiled that of the last sample.
 
-        That one if it was captured for the same `baked`, all that `step` reads but its arguments
-        and the weights, and if these lie where its graph reads them. After an error none is kept.
+        That one if it was captured for the same `baked`, and if the weights of the part of that
+        name lie where its graph reads them. baked: the shapes of the arguments of `step`, and all
+        else that it reads but these weights. After an error none is kept.
         """
         def key():
-            places = [(p.data_ptr(), p.dtype) for p in self.unet.parameters()]
+            places = [(p.data_ptr(), p.dtype) for p in self.get_submodule(name).parameters()]
             return *baked, torch.is_inference_mode_enabled(), *places
 
-        graphed = self.compiled and self.kept.get(key())
-        self.kept.clear()  # another one's memory is needed
-        graphed = graphed or GraphedStep(step, self.device, eager=1)
+        captured_for, graphed = self.kept.pop(name, (None, None))
+        if captured_for != key():
+            graphed = None  # its memory is needed
+            graphed = GraphedStep(step, self.device, eager=1)
         yield graphed
         if self.compiled:
             # The weights may lie elsewhere since the first call (`join_attention`).
-            self.kept = {key(): graphed}
+            self.kept[name] = key(), graphed
 
     @torch.no_grad()
     def sample(
@@ -424,8 +430,7 @@ class MVDream(nn.Module):
             azimuths = azimuth + torch.arange(views) * span / views
             camera = cameras.extrinsics(cameras.orbit(elevation, azimuths)).to(device)  # [V, 16]
             camera = camera.repeat(B, 1, 1)
-        text = self.embed(prompts + [negative])  # [B + 1, L, D]
-        context = torch.cat([text[:-1], text[-1:].expand(B, -1, -1)])  # [2B, L, D]
+        rows = self.text.tokenize(prompts + [negative]).to(device)  # [B + 1, L]
 
         def guided_noise(x, t, context, camera=None):
             eps, conditional = diffusion.guided_noise(self.unet, x, t, context, camera, guidance)
@@ -434,18 +439,21 @@ class MVDream(nn.Module):
         h = size // self.latent_factor
         shape = (B, views, config.unet.in_channels, h, h)
         times = diffusion.timesteps(steps, sampler).tolist()
-        told = [context] if camera is None else [context, camera]
-        baked = shape, mode, guidance, rescale, context.dtype
         with side_stream(device):
-            with self.kept_step(guided_noise, *baked) as step:
+            with self.kept_step("text", self.text, rows.shape) as tower:
+                text = tower(rows)  # [B + 1, L, D]
+            context = torch.cat([text[:-1], text[-1:].expand(B, -1, -1)])  # [2B, L, D]
+            told = [context] if camera is None else [context, camera]
+            baked = shape, mode, guidance, rescale, context.dtype
+            with self.kept_step("unet", guided_noise, *baked) as step:
                 states = diffusion.sampling_steps(
                     lambda x, t: step(x, t, *told), shape, steps, sampler, eta,
                     generator=generator, device=device,
                 )
                 for _, (latents, _) in zip(progress(times), states):
                     pass
-            with without_cudnn_search():
-                return (self.decode(latents).float() / 2 + 0.5).clamp(0, 1)
+            with without_cudnn_search(), self.kept_step("vae", self.vae.decode, h) as decoder:
+                return (self.decode(latents, decoder).float() / 2 + 0.5).clamp(0, 1)
 
 
 def check_pickle(path, config, parts, layout):

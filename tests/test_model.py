@@ -3,6 +3,7 @@
 import copy
 import json
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -369,15 +370,16 @@ def test_a_compiled_network_that_learns_is_not_joined(model, compiler):
 
 @pytest.fixture
 def graphs(monkeypatch, compiler):
-    """Stands for CUDA graphs: the list of all GraphedSteps, which replay what they captured."""
-    made = []
+    """Stands for CUDA graphs: lists of all GraphedSteps, which replay what they captured."""
+    made = SimpleNamespace(text=[], unet=[], vae=[])
 
     class Graph(GraphedStep):
-        def __init__(self, *arguments, **options):
-            super().__init__(*arguments, **options)
+        def __init__(self, step, *arguments, **options):
+            super().__init__(step, *arguments, **options)
             self.cuda = True
             self.replays = 0
-            made.append(self)
+            names = {"TextTower": "text", "function": "unet", "method": "vae"}
+            vars(made)[names[type(step).__name__]].append(self)
 
         def capture(self, arguments):
             self.inputs = [argument.clone() for argument in arguments]
@@ -427,7 +429,7 @@ def check_sample(model, **settings):
 def test_the_next_sample_of_a_compiled_model_replays_the_graph(model, graphs, mode, changes):
     compiled = compiled_copy(model)
     compiled.sample(**FIRST, mode=mode)
-    (first,) = graphs
+    (first,) = graphs.unet
     assert first.replays == 2, "all steps but the first are replayed"
     check_sample(compiled, mode=mode, **changes)
     steps = changes.get("steps", 3)
@@ -449,11 +451,34 @@ def test_the_next_sample_of_a_compiled_model_replays_the_graph(model, graphs, mo
 def test_a_graph_is_replayed_for_no_other_sample(model, graphs, changes):
     compiled = compiled_copy(model)
     compiled.sample(**FIRST)
-    (first,) = graphs
+    (first,) = graphs.unet
     check_sample(compiled, **changes)
     assert first.replays == 2, f"the graph of another sample is replayed for {changes}"
-    assert list(compiled.kept.values()) == [graphs[-1]], "more graphs than the last are kept"
+    _, kept = compiled.kept["unet"]
+    assert kept is graphs.unet[-1], "another graph than the last one is kept"
     check_sample(compiled)
+
+
+@pytest.mark.parametrize("prompt", ["a bulldog", ["a bulldog", "a red bulldog"]])
+def test_the_next_sample_replays_text_tower_and_decoder(model, graphs, prompt):
+    compiled = compiled_copy(model)
+    compiled.sample(**FIRST)
+    compiled.sample(**FIRST)
+    (text,), (vae,) = graphs.text, graphs.vae
+    assert text.replays == 1 and vae.replays == 3, "all calls but the first are replayed"
+    check_sample(compiled, prompt=prompt)
+    assert text.replays == (2 if prompt == "a bulldog" else 1), "the text's shape is another"
+    assert vae.replays == 5 + (2 if len(prompt) == 2 else 0), "a picture is always decoded alone"
+
+
+def test_the_decoder_is_replayed_only_where_its_weights_lie(model, graphs):
+    compiled = compiled_copy(model)
+    compiled.sample(**FIRST)
+    layer = copy.deepcopy(compiled.vae.decoder.conv_out)
+    compiled.vae.decoder.conv_out = layer
+    check_sample(compiled)
+    assert graphs.vae[0].replays == 1, "the graph reads a layer that is no more the model's"
+    assert graphs.unet[0].replays == 5, "of the UNet nothing has changed"
 
 
 def with_other_layer(model):
@@ -480,20 +505,20 @@ def with_other_layer(model):
 def test_a_graph_is_not_replayed_where_the_weights_lie_elsewhere(model, graphs, change):
     compiled = compiled_copy(model)
     compiled.sample(**FIRST)
-    (first,) = graphs
+    (first,) = graphs.unet
     changed = change(compiled)
     check_sample(changed)
     assert first.replays == 2, "the graph reads weights that are no more the model's"
-    last = graphs[-1].replays
+    last = graphs.unet[-1].replays
     check_sample(changed)
-    assert graphs[-2].replays == last + 3, "the graph of the changed model is not kept"
+    assert graphs.unet[-2].replays == last + 3, "the graph of the changed model is not kept"
 
 
 def test_a_graph_sees_new_numbers_in_the_weights(model, graphs):
     compiled = compiled_copy(model)
     compiled.sample(**FIRST)
     check_sample(loaded(compiled))
-    assert graphs[0].replays == 5, "weights that are where they were need no new graph"
+    assert graphs.unet[0].replays == 5, "weights that are where they were need no new graph"
 
 
 def test_a_graph_is_freed_where_the_model_is_moved_or_copied(model, graphs):
@@ -516,13 +541,13 @@ def test_a_graph_is_not_kept_after_an_error(model, graphs):
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             compiled.sample(**FIRST, progress=interrupted)
-        assert not compiled.kept, "the graph of a sample that failed is kept"
+        assert "unet" not in compiled.kept, "the graph of a sample that failed is kept"
         check_sample(compiled)
 
 
 def test_a_graph_is_freed_before_another_is_captured(model, graphs):
     def look(times):
-        assert not compiled.kept, "two graphs take memory at once"
+        assert "unet" not in compiled.kept, "two graphs take memory at once"
         return times
 
     compiled = compiled_copy(model)
@@ -535,14 +560,14 @@ def test_a_graph_of_inference_mode_is_used_there_only(model, graphs):
     with torch.inference_mode():
         compiled.sample(**FIRST)
     check_sample(compiled)
-    assert graphs[0].replays == 2, "elsewhere its memory may not be written"
+    assert graphs.unet[0].replays == 2, "elsewhere its memory may not be written"
 
 
 def test_a_model_that_is_not_compiled_keeps_no_graph(model, graphs):
     plain = copy.deepcopy(model)
     for _ in range(2):
         plain.sample(**FIRST)
-    assert [graph.replays for graph in graphs] == [2, 2] and not plain.kept, "a graph is kept"
+    assert [graph.replays for graph in graphs.unet] == [2, 2] and not plain.kept, "a graph is kept"
 
 
 @pytest.mark.gpu
@@ -568,10 +593,10 @@ def test_on_a_gpu_kept_graphs_draw_what_new_ones_do(model, device, monkeypatch):
         (dict(views=3, mode="2d", prompt="a bulldog"), True),
         ({}, False),
     ):
-        (before,) = compiled.kept.values()
+        _, before = compiled.kept["unet"]
         assert before.graph is not None, "the step is never captured"
         drawn = compiled.sample(**{**FIRST, **changes})
-        assert (before in compiled.kept.values()) == replayed, f"replayed or not: {changes}"
+        assert (compiled.kept["unet"][1] is before) == replayed, f"replayed or not: {changes}"
         fresh.kept.clear()
         expected = fresh.sample(**{**FIRST, **changes})
         near(drawn, expected, f"a sample with {changes}, of a kept graph and of a new one")
