@@ -1,15 +1,15 @@
 """Compile the steps of a distillation ahead, beside the run that is going to take them.
 
 torch.compile works in one thread of Python: more than a minute for the UNet, and as long again for
-the rest of a step. But it keeps what it has made on disk. So several processes compile a share of a
-step each, with weights that nobody has filled in, while the run takes a few uncompiled steps.
-Whenever one of them has finished, a thread of the run calls torch.compile for the same share and
-finds the result on disk. When all shares are there, the run's compiled steps begin:
+the rest of a step. But it keeps what it has made on disk. So several processes compile a step piece
+by piece, with weights that nobody has filled in, while the run takes a few uncompiled steps.
+Whenever a piece is done, a thread of the run calls torch.compile for it, too, and finds the result
+on disk. When all pieces are there, the run's compiled steps begin:
 
-    the run          a picture, now and then a step            compiled steps ...
-    its thread                takes over share after share     the same for the fine step
-    fork server      starts the workers, passes on what they say
-    seven workers    a share of the coarse step each, then a share of the fine step
+    the run          a picture, now and then a step           compiled steps ...
+    its thread              takes over piece after piece      the same for the fine step
+    fork server      hands out the pieces, says which are done
+    seven workers    a piece of the coarse step, the next one, ..., then those of the fine step
 
 How many steps are uncompiled depends on how busy the computer is: one more reason why a seed does
 not repeat bit for bit on a GPU.
@@ -17,6 +17,7 @@ not repeat bit for bit on a GPU.
 import concurrent.futures
 import contextlib
 import copy
+import gc
 import importlib
 import itertools
 import multiprocessing
@@ -45,7 +46,10 @@ MEMORY_OF_RUN = 11 << 30
 CONTEXT = 1 << 29
 # PyTorch translates what a process has compiled into the GPU's language in so many more.
 TRANSLATORS = 4
-# Seconds that a worker has for all stages. It may hang.
+# Fewer processes than FEWEST do not make up for what they take from the run; more than MOST gain
+# nothing.
+FEWEST, MOST = 3, 7
+# Seconds that a worker has for all its tasks. It may hang.
 PATIENCE = 600
 # Seconds for which a run that waits for its workers rests between two steps: what the GPU and the
 # cores do for uncompiled steps they cannot do for the workers.
@@ -55,6 +59,13 @@ LOOK_EVERY = 0.1
 # Python changes to a thread that waits after so many seconds. By default it is 5 ms, and a step
 # of the run waits a dozen times.
 TURN = 0.0005
+
+
+class Task(NamedTuple):
+    """What a worker compiles in one go."""
+    stage: sds.Stage
+    part: str       # of a step: "field", "encoder" or "unet"
+    piece: int      # of a network: its number, in the order of its calls; of the field: 0
 
 
 class Job(NamedTuple):
@@ -69,24 +80,24 @@ class Job(NamedTuple):
 class Helper(NamedTuple):
     """The run's side of the fork server."""
     connection: Connection
-    shares: list    # those that workers compile, as of `shares`; empty: there are no workers
-    done: set       # (share, stage): what they have compiled, or given up
+    tasks: list     # all that workers compile, as of `tasks`; empty: there are no workers
+    done: set       # of these: what they have compiled, or given up
 
 
 # ---- the run's side: workers -----------------------------------------------------------------
 
-def shares(processes):
-    """How so many processes share out a step: [(part, number, of how many)].
+def tasks(s, config):
+    """What is compiled for the steps of a run, in the order in which it is begun: [Task].
 
-    Empty if they are too few for its three parts.
+    What takes long comes first, so that nobody waits for it in the end. s: DistillSettings; config:
+    the ModelConfig.
     """
-    if processes >= 7:
-        sizes = dict(field=1, encoder=2, unet=4)
-    elif processes >= 3:
-        sizes = dict(field=1, encoder=1, unet=1)
-    else:
-        sizes = {}
-    return [(part, number, size) for part, size in sizes.items() for number in range(size)]
+    encoder = len(config.vae.channel_mult) + 1
+    unet = 2 * len(config.unet.channel_mult) + 3
+    places = [("field", 0)]
+    places += [("encoder", piece) for piece in range(encoder)]
+    places += [("unet", piece) for piece in reversed(range(unet))]
+    return [Task(stage, *place) for stage in sds.stages(s) for place in places]
 
 
 def spare_memory(device):
@@ -100,7 +111,8 @@ def room(device):
     if not can_compile(device):
         return 0
     cores = len(os.sched_getaffinity(0))
-    return min(spare_memory(device) // MEMORY_OF_WORKER, cores // 2)
+    count = min(spare_memory(device) // MEMORY_OF_WORKER, cores // 2, MOST)
+    return count if count >= FEWEST else 0
 
 
 @contextlib.contextmanager
@@ -135,20 +147,20 @@ def start_workers(helper, s, dtype, device):
 
     s: DistillSettings; dtype, device: of the model.
     """
-    planned = shares(room(device))
-    if not planned:
+    count = room(device)
+    if not count:
         helper.connection.close()  # which ends it
         return
-    memory = spare_memory(device) // len(planned) - CONTEXT
+    memory = spare_memory(device) // count - CONTEXT
     job = Job(s, read_config(s.model), dtype, device, memory)
     with contextlib.suppress(OSError):  # it has ended
-        helper.connection.send((planned, job))
-        helper.shares.extend(planned)
+        helper.connection.send((count, job))
+        helper.tasks.extend(tasks(s, job.config))
 
 
 def has_workers(helper):
     """Does anybody compile for the run? helper: Helper or None."""
-    return helper is not None and bool(helper.shares)
+    return helper is not None and bool(helper.tasks)
 
 
 def listen(helper):
@@ -196,19 +208,19 @@ def take_overs(distillation, helper):
 
 
 def arrivals(helper, stage, stop):
-    """Yield the shares of this stage as they are compiled, or given up, until `stop` is set."""
-    waiting = list(helper.shares)
+    """Yield the tasks of this stage as they are compiled, or given up, until `stop` is set."""
+    waiting = [task for task in helper.tasks if task.stage == stage]
     while waiting and not stop.is_set():
-        share = next((share for share in waiting if (share, stage) in helper.done), None)
-        if share:
-            waiting.remove(share)
-            yield share
+        task = next((task for task in waiting if task in helper.done), None)
+        if task:
+            waiting.remove(task)
+            yield task
         elif not listen(helper):
             return
 
 
 def take_over(distillation, stage, helper, stop):
-    """Compile the shares of a stage as they arrive, from what the workers have put on disk.
+    """Compile the pieces of a stage as they arrive, from what the workers have put on disk.
 
     The run may take steps meanwhile, compiled or not.
     """
@@ -221,9 +233,9 @@ def take_over(distillation, stage, helper, stop):
     known = {}
     with side_stream(distillation.device, THREAD):
         apart.begin(stage, compiled=True)
-        for share in arrivals(helper, stage, stop):
+        for task in arrivals(helper, stage, stop):
             with UNDISTURBED:
-                compile_share(apart, *share, known)
+                compile_piece(apart, task.part, task.piece, known)
                 torch.cuda.empty_cache()
 
 
@@ -249,12 +261,11 @@ def unfilled(function, *arguments):
 
 
 @contextlib.contextmanager
-def only(network, number, count, known):
-    """Within this context a compiled network runs a share of its pieces, and no others.
+def only(network, piece, known):
+    """Within this context a compiled network runs a single piece, its call of that number.
 
-    These are, in the order of its calls, the pieces `number`, `number + count`, and so on. Where
-    gradients are wanted, as in the encoder, a piece returns one tensor, and its way back is run at
-    once, so that it is compiled, too. known: as of `compile_share`.
+    Where gradients are wanted, as in the encoder, a piece returns one tensor, and its way back is
+    run at once, so that it is compiled, too. known: as of `compile_piece`.
     """
     programs = {name: getattr(network, name) for name in network.PIECES}
     calls = itertools.count()
@@ -262,7 +273,7 @@ def only(network, number, count, known):
     def choose(name, *arguments):
         call = next(calls)
         key = type(network), call
-        if call % count == number:
+        if call == piece:
             known[key] = programs[name](*arguments)
             if torch.is_grad_enabled():
                 known[key].sum().backward()
@@ -280,10 +291,10 @@ def only(network, number, count, known):
             setattr(network, name, program)
 
 
-def compile_share(distillation, part, number, count, known):
-    """Run a share of one part of a step, compiled, and its way back.
+def compile_piece(distillation, part, piece, known):
+    """Run a piece of one part of a step, compiled, and its way back.
 
-    known: {place: result} of what other shares have run or found out for this stage; added to.
+    known: {place: result} of what was run or found out before for this stage; added to.
     """
     draws = distillation.draw()
     model = distillation.model
@@ -293,23 +304,23 @@ def compile_share(distillation, part, number, count, known):
     elif part == "encoder":
         if "images" not in known:
             known["images"], _, _ = unfilled(distillation.render_images, draws)
-        with only(model.vae.encoder, number, count, known):
+        with only(model.vae.encoder, piece, known):
             distillation.encode(known["images"])
     else:
         side = model.config.size // model.latent_factor
         shape = (distillation.stage.sets, distillation.s.views, model.config.unet.in_channels)
         latents = torch.zeros(*shape, side, side, device=distillation.device)
-        with only(model.unet, number, count, known):
+        with only(model.unet, piece, known):
             distillation.ask(latents, draws)
 
 
 # ---- in processes of their own ---------------------------------------------------------------
 
 def serve(connection, ours):
-    """The fork server: waits for a job, and starts a worker for each share of it.
+    """The fork server: waits for a job, starts workers, and hands out the tasks.
 
     ours: the run's end of the connection. The errors of workers are thrown away: the run then
-    compiles that share itself, and shows its own error.
+    compiles that piece itself, and shows its own error.
     """
     ours.close()  # so that the connection closes however the run ends
     os.setsid()
@@ -322,36 +333,46 @@ def serve(connection, ours):
     # A worker's translators are forked, too.
     os.environ.setdefault("TORCHINDUCTOR_WORKER_START", "fork")
     try:
-        planned, job = connection.recv()
+        count, job = connection.recv()
         if not torch.cuda._is_in_bad_fork():  # the run had asked for GPUs before it forked
-            pass_on(connection, [start(share, job, connection) for share in planned], job)
+            workers = [start(job, connection) for _ in range(count)]
+            hand_out(connection, workers, tasks(job.s, job.config))
     except EOFError:
         pass  # the run has no room for workers
     finally:
         os.killpg(0, signal.SIGKILL)  # with all that they have started
 
 
-def start(share, job, connection):
-    """Start a worker: (the connection on which it writes, its share)."""
+def start(job, connection):
+    """Start a worker: the server's end of the connection with it."""
     fork = multiprocessing.get_context("fork")
-    reader, writer = fork.Pipe(duplex=False)
-    with contextlib.suppress(OSError):  # there are too many processes: this share is given up
-        fork.Process(target=work, args=(connection, writer, share, job)).start()
-    writer.close()
-    return reader, share
+    ours, theirs = fork.Pipe()
+    with contextlib.suppress(OSError):  # there are too many processes
+        fork.Process(target=work, args=(connection, ours, theirs, job)).start()
+    theirs.close()
+    return ours
 
 
-def pass_on(connection, workers, job):
-    """Tell the run what the workers say, until it ends. Of one that has ended: all its stages."""
-    share_of = dict(workers)
-    while connection not in (heard := wait([connection, *share_of])):
-        for reader in heard:
-            try:
-                connection.send((share_of[reader], reader.recv()))
-            except EOFError:
-                share = share_of.pop(reader)
-                for stage in sds.stages(job.s):
-                    connection.send((share, stage))
+def hand_out(connection, workers, waiting):
+    """Give each worker a task whenever it asks for one, and tell the run which are done.
+
+    A task whose worker ends is given up, and so are all that wait when none is left. workers: their
+    connections; waiting: [Task]. Returns when the run has ended.
+    """
+    task_of = dict.fromkeys(workers)  # {connection: the task it is at, or None}
+    while connection not in (heard := wait([connection, *task_of])):
+        for worker in heard:
+            task = task_of.pop(worker)
+            if task:
+                connection.send(task)
+            with contextlib.suppress(EOFError, OSError):  # it has ended
+                worker.recv()
+                worker.send(waiting[0] if waiting else None)
+                task_of[worker] = waiting.pop(0) if waiting else None
+        if not task_of:
+            for task in waiting:
+                connection.send(task)
+            waiting = []
 
 
 def import_compiler():
@@ -359,22 +380,35 @@ def import_compiler():
     importlib.import_module("torch._inductor.compile_fx")
 
 
-def work(connection, writer, share, job):
-    """A worker: compiles a share of a step for each stage, and writes which stage it was."""
-    connection.close()  # so that it closes when the fork server ends
+def work(connection, ours, server, job):
+    """A worker: asks the server for a task, and for the next one when that is compiled or fails.
+
+    connection: the server's with the run; ours: the server's end of `server`.
+    """
+    connection.close()  # so that they close when the fork server ends
+    ours.close()
     signal.alarm(PATIENCE)  # ends it
     import_compiler()  # which forks the translators, before the GPU is touched
     tune_cuda(tf32=job.dtype != torch.float32, search=False)
     if job.device.type == "cuda":
         _, total = torch.cuda.mem_get_info(job.device)
         torch.cuda.set_per_process_memory_fraction(min(1.0, job.memory / total), job.device)
-    distillation = empty_distillation(share[0], job)
-    with side_stream(job.device):
-        for stage in sds.stages(job.s):
+    stage, part = sds.stages(job.s)[0], None
+    server.send("ready")
+    while task := server.recv():
+        if task.stage != stage:
+            os.nice(5)  # the run, and others, may still be at the coarse stage
+        if task.part != part:
+            distillation = None
+            gc.collect()  # a compiled network and its programs hold each other
+            torch.cuda.empty_cache()
+            distillation = empty_distillation(task.part, job)
+        if (task.stage, task.part) != (stage, part):
+            stage, part, known = task.stage, task.part, {}
+        with contextlib.suppress(Exception), side_stream(job.device):
             distillation.begin(stage, compiled=True)
-            compile_share(distillation, *share, known={})
-            writer.send(stage)
-            os.nice(5)  # the run, and others, may still be at this stage
+            compile_piece(distillation, part, task.piece, known)
+        server.send("done")
 
 
 def empty_distillation(part, job):

@@ -129,7 +129,7 @@ class UpLevel(nn.Module):
 class Encoder(nn.Module):
     """Images [N, 3, H, W] -> [N, 2 z_channels, h, w]."""
     # What a compiler takes one by one (`model.compile_network`).
-    PIECES = ("wide", "deep")
+    PIECES = ("descend", "leave")
 
     def __init__(self, config):
         super().__init__()
@@ -147,20 +147,27 @@ class Encoder(nn.Module):
         self.norm_out = group_norm(groups, width)
         self.conv_out = Conv2d(width, 2 * config.z_channels, 3, padding=1)
 
-    def wide(self, x):
-        """The first half of the levels, with the most pixels."""
-        if torch.compiler.is_compiling():
-            # Else a GPU copies the wide gradient of conv_in twice, to this layout and back.
-            x = x.contiguous(memory_format=torch.channels_last)
-        return self.down[: len(self.down) // 2](self.conv_in(x))
+    def descend(self, number, x):
+        """A level, 0 the finest, which takes the picture: x [N, C, h, w] -> [N, C', h/2, w/2].
 
-    def deep(self, x):
-        """The second half, with the most channels."""
-        x = self.middle(self.down[len(self.down) // 2 :](x))
+        The last one does not halve it.
+        """
+        if number == 0:
+            if torch.compiler.is_compiling():
+                # Else a GPU copies the wide gradient of conv_in twice, to this layout and back.
+                x = x.contiguous(memory_format=torch.channels_last)
+            x = self.conv_in(x)
+        return self.down[number](x)
+
+    def leave(self, x):
+        """The output of the coarsest level -> [N, 2 z_channels, h, w]."""
+        x = self.middle(x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
     def forward(self, x):
-        return self.deep(self.wide(x))
+        for number in range(len(self.down)):
+            x = self.descend(number, x)
+        return self.leave(x)
 
 
 class Decoder(nn.Module):

@@ -54,7 +54,7 @@ def describe(tensor):
         dict(loss="sds", smoothness=0.0),
     ],
 )
-def test_the_shares_of_a_step_are_what_the_step_compiles(
+def test_the_tasks_of_a_step_are_what_the_step_compiles(
     model_file, changes, given_up, monkeypatch
 ):
     """The compiler is asked for the same graphs, with inputs of the same layout, at each stage."""
@@ -83,15 +83,17 @@ def test_the_shares_of_a_step_are_what_the_step_compiles(
         wanted, seen[:] = list(seen), []
         assert len(wanted) >= 8, "of rendering, encoder and UNet something is not compiled"
 
-        for processes in (7, 3):
-            made = []
-            for share in ahead.shares(processes):
+        tasks = [task for task in ahead.tasks(s, model.config) if task.stage == stage]
+        for alone in (True, False):  # each task in a process of its own; all of them in one
+            made, known = [], {}
+            for task in tasks:
                 torch.compiler.reset()
                 seen[:] = []
-                empty = ahead.empty_distillation(share[0], job)
+                empty = ahead.empty_distillation(task.part, job)
                 empty.begin(stage, compiled=True)
-                ahead.compile_share(empty, *share, known={})
-                assert seen, f"{share} has nothing to do"
+                place = {} if alone else known.setdefault(task.part, {})
+                ahead.compile_piece(empty, task.part, task.piece, place)
+                assert seen, f"{task} has nothing to do"
                 made += seen
             for graph in wanted:
                 assert graph in made, f"at {stage} nobody compiles this:\n{graph[0]}\n{graph[1]}"
@@ -103,7 +105,7 @@ def test_the_shares_of_a_step_are_what_the_step_compiles(
         distillation.begin(stage)
         distillation.optimizer.zero_grad(set_to_none=True)
         before = copy.deepcopy(distillation.state_dict())
-        helper, _ = given_up()
+        helper, _ = given_up(tasks=tasks)
         with ahead.take_overs(distillation, helper) as is_compiled:
             assert is_compiled(stage, None)
         places = [weight.data_ptr() for weight in model.parameters()]
@@ -153,7 +155,7 @@ class Network:
         return self.halve(self.square(self.halve(self.square(x))))
 
 
-def test_only_a_share_of_the_pieces_is_run():
+def test_only_one_of_the_pieces_is_run():
     """What stands for the compiled programs notes their calls and their ways back."""
     network, calls, ways_back = Network(), [], []
 
@@ -166,50 +168,64 @@ def test_only_a_share_of_the_pieces_is_run():
 
     network.square = square = partial(program, "square")
     network.halve = partial(program, "halve")
-    shares = {0: ["square", "halve"], 1: ["halve"], 2: ["square"]}
     known = {}
-    for number, share in shares.items():
+    for piece, name in enumerate(["square", "halve", "square", "halve"]):
         calls.clear()
         ways_back.clear()
-        with ahead.only(network, number, 3, known):
+        with ahead.only(network, piece, known):
             network.forward(torch.ones(2, requires_grad=True))
-        assert calls == ways_back == share, f"share {number} of 3"
-        with ahead.only(network, number, 3, {}), torch.no_grad():
+        assert calls == ways_back == [name], f"piece {piece}"
+        with ahead.only(network, piece, {}), torch.no_grad():
             network.forward(torch.ones(2))
-        assert calls == 2 * share and ways_back == share
+        assert calls == 2 * [name] and ways_back == [name]
     assert len(known) == 4, "some pieces are not known"
-    with ahead.only(network, 2, 3, known):
+    with ahead.only(network, 3, known):
         results = [network.square("not asked"), network.halve("not asked")]
     assert results[0] is known[Network, 0] and results[1] is known[Network, 1]
     assert network.square is square, "the network is not put back"
 
 
-def test_seven_processes_share_out_what_three_do():
-    for processes in (0, 2):
-        assert ahead.shares(processes) == []
-    three, seven = ahead.shares(3), ahead.shares(7)
-    assert ahead.shares(6) == three and ahead.shares(40) == seven
-    assert len(three) == 3 and len(seven) == 7
-    for shares in (three, seven):
-        assert {part for part, _, _ in shares} == {"field", "encoder", "unet"}
-        for part, _, count in shares:
-            numbers = [number for name, number, _ in shares if name == part]
-            assert numbers == list(range(count)), f"a share of {part} is missing, or there twice"
+def test_the_tasks_are_all_pieces_of_both_stages(model_file, monkeypatch):
+    s, model = settings(), MVDream.load(model_file)
+    tasks = ahead.tasks(s, model.config)
+    assert len(set(tasks)) == len(tasks), "one is there twice"
+    coarse, fine = sds.stages(s)
+    half = len(tasks) // 2
+    assert [task.stage for task in tasks] == half * [coarse] + half * [fine], "the fine half waits"
+    count = dict(field=1, encoder=0, unet=0)
+    for part, network in (("encoder", model.vae.encoder), ("unet", model.unet)):
+        for name in network.PIECES:
+            def call(*arguments, part=part, method=getattr(network, name)):
+                count[part] += 1
+                return method(*arguments)
+
+            monkeypatch.setattr(network, name, call)
+    distillation = sds.Distillation(s, model, model.embed([s.prompt, s.negative]))
+    distillation.begin(fine)  # whose single set is encoded once
+    distillation.step()
+    for part, calls in count.items():
+        found = [task.piece for task in tasks[:half] if task.part == part]
+        assert sorted(found) == list(range(calls)), f"not all pieces of {part} are compiled"
+
+
+TASKS = [
+    ahead.Task(stage, part, piece)
+    for stage in sds.stages(settings())
+    for part, piece in [("field", 0), ("encoder", 0), ("encoder", 1), ("unet", 0)]
+]
 
 
 @pytest.fixture
 def given_up():
-    """given_up(*left) -> a Helper whose workers have all given up, apart from these shares, and
-    a function that says what those would say.
+    """given_up(*left, tasks) -> a Helper whose workers have given up all tasks but these, and a
+    function that says what the fork server would say of those.
     """
     ends = []
 
-    def given_up(*left):
+    def given_up(*left, tasks=TASKS):
         ours, theirs = multiprocessing.Pipe()
         ends.extend([ours, theirs])
-        shares, stages = ahead.shares(7), sds.stages(settings())
-        done = {(share, stage) for share in shares if share not in left for stage in stages}
-        return ahead.Helper(ours, shares, done), theirs.send
+        return ahead.Helper(ours, tasks, set(tasks) - set(left)), theirs.send
 
     yield given_up
     for end in ends:
@@ -218,9 +234,9 @@ def given_up():
 
 # ---- the workers -----------------------------------------------------------------------------
 
-# What they do in the tests below, in place of `ahead.compile_share`.
+# What they do in the tests below, in place of `ahead.compile_piece`. A task's part names it.
 
-def compile_share(distillation, part, number, count, known):
+def compile_piece(distillation, part, piece, known):
     globals()[part](distillation)
 
 
@@ -232,19 +248,29 @@ def note_stage(distillation):
         print(distillation.stage.size, weights.device, weights.dtype, shape, compiled, file=file)
 
 
-def fail_at_the_second_stage(distillation):
-    note_stage(distillation)
+def fail(distillation):
     print("this goes nowhere")
-    if distillation.stage.size == 16:
-        raise RuntimeError("out of memory")
+    raise RuntimeError("out of memory")
+
+
+def die(distillation):
+    os._exit(1)
+
+
+def note_niceness(distillation):
+    with open(os.environ["NOTES"], "a") as file:
+        print(distillation.stage.size, os.nice(0), file=file)
+
+
+def sleep(distillation):
+    time.sleep(600)
 
 
 def work_on(distillation):
-    """Does not end, at the second stage, and has a helper that does not, either."""
-    if distillation.stage.size == 16:
-        helper = subprocess.Popen(["sleep", "600"])
-        Path(os.environ["NOTES"]).write_text(f"{os.getpid()} {helper.pid}")
-        helper.wait()
+    """Does not end, and has a helper that does not, either."""
+    helper = subprocess.Popen(["sleep", "600"])
+    Path(os.environ["NOTES"]).write_text(f"{os.getpid()} {helper.pid}")
+    helper.wait()
 
 
 def is_running(pid):
@@ -262,54 +288,77 @@ def wait_until(condition, seconds=60):
 
 
 def hear(helper, *wanted, seconds=60):
-    """Listen until all these (share, stage) have been heard of."""
+    """Listen until all these tasks have been heard of."""
     return wait_until(lambda: ahead.listen(helper) and helper.done.issuperset(wanted), seconds)
 
 
 @pytest.fixture
 def start(model_file, monkeypatch):
-    """A context with workers on the CPU, a process for each of these functions: its Helper."""
-    monkeypatch.setattr(ahead, "room", lambda device: 8)
+    """A context with so many workers on the CPU, for a task per function and stage: its Helper."""
     monkeypatch.setattr(ahead, "spare_memory", lambda device: 64 << 30)
-    monkeypatch.setattr(ahead, "compile_share", compile_share)
+    monkeypatch.setattr(ahead, "compile_piece", compile_piece)
+    monkeypatch.setattr(ahead, "import_compiler", lambda: None)
     monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: False)  # another test has asked
     s = settings(model=str(model_file))
 
     @contextlib.contextmanager
-    def start(*functions):
-        shares = [(function.__name__, 0, 1) for function in functions]
-        monkeypatch.setattr(ahead, "shares", lambda processes: shares)
+    def start(count, *functions):
+        names = list(enumerate(function.__name__ for function in functions))
+        tasks = [ahead.Task(stage, name, i) for stage in sds.stages(s) for i, name in names]
+        monkeypatch.setattr(ahead, "room", lambda device: count)
+        monkeypatch.setattr(ahead, "tasks", lambda s, config: list(tasks))
         with ahead.fork_server(True) as helper:
             ahead.start_workers(helper, s, torch.bfloat16, torch.device("cpu"))
-            assert helper.shares == shares
+            assert helper.tasks == tasks
             yield helper
 
     return start
 
 
-def test_a_worker_takes_the_stages_in_turn(start, tmp_path, monkeypatch, capfd):
-    """One that fails gives up the stages that are left, and the others go on."""
+def test_a_worker_takes_one_task_after_the_other(start, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
-    coarse, fine = sds.stages(settings())
-    with start(fail_at_the_second_stage, work_on) as helper:
-        failing, working = helper.shares
-        assert not helper.done, "it has just begun"
-        assert hear(helper, (failing, coarse), (failing, fine), (working, coarse))
-        assert (working, fine) not in helper.done
-    notes = (tmp_path / "notes").read_text()
-    assert "this goes nowhere" not in notes
+    with start(1, note_stage) as helper:
+        assert hear(helper, *helper.tasks) and helper.done == set(helper.tasks)
+    notes = (tmp_path / "notes").read_text().splitlines()
+    assert [line.split()[0] for line in notes] == ["8", "16"], "the coarse stage comes first"
+    assert all("meta torch.bfloat16 (2, " in line and line.endswith("True") for line in notes)
     assert capfd.readouterr() == ("", ""), "a worker writes into the run's own output"
 
 
-def test_a_worker_compiles_for_empty_weights(start, tmp_path, monkeypatch):
+def test_workers_share_out_the_tasks(start, tmp_path, monkeypatch):
+    """While one is busy the other does all that is left."""
     monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
-    stages = sds.stages(settings())
-    with start(note_stage) as helper:
-        assert hear(helper, *[(helper.shares[0], stage) for stage in stages])
-        assert [stage in stages for _, stage in helper.done] == [True, True]
+    with start(2, sleep, note_stage, note_stage) as helper:
+        busy = helper.tasks[0]
+        coarse = [task for task in helper.tasks if task.stage == busy.stage]
+        assert hear(helper, *coarse[1:]), "nobody does what is left"
+        assert busy not in helper.done
+
+
+def test_the_fine_stage_gives_way_to_the_coarse_one(start, tmp_path, monkeypatch):
+    monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
+    with start(1, note_niceness, note_niceness) as helper:
+        assert hear(helper, *helper.tasks)
+    before = os.nice(0)
+    wanted = [f"8 {before}"] * 2 + [f"16 {min(before + 5, 19)}"] * 2
+    assert (tmp_path / "notes").read_text().splitlines() == wanted
+
+
+@pytest.mark.parametrize("failure", [fail, die])
+def test_a_worker_that_fails_gives_up_its_task_and_no_other(
+    failure, start, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
+    with start(3, failure, note_stage, note_stage) as helper:
+        assert hear(helper, *helper.tasks), "what it was at is not given up"
     notes = (tmp_path / "notes").read_text().splitlines()
-    assert [line.split()[0] for line in notes] == ["8", "16"]
-    assert all("meta torch.bfloat16 (2, " in line and line.endswith("True") for line in notes)
+    assert len(notes) == 4, "the others have not gone on"
+    assert capfd.readouterr() == ("", ""), "a worker writes into the run's own output"
+
+
+def test_when_no_worker_is_left_all_tasks_are_given_up(start):
+    with start(2, die, die, die) as helper:
+        assert hear(helper, *helper.tasks), "the run waits for what nobody does"
 
 
 def test_a_worker_and_its_helpers_end_with_its_run(start, tmp_path, monkeypatch):
@@ -324,14 +373,14 @@ def test_a_worker_and_its_helpers_end_with_its_run(start, tmp_path, monkeypatch)
         assert os.getsid(worker) != os.getsid(0), "Ctrl-C would reach it"
         return worker, its_helper
 
-    with pytest.raises(KeyError), start(work_on):
+    with pytest.raises(KeyError), start(1, work_on):
         worker, its_helper = pids()
         raise KeyError
     assert wait_until(lambda: not is_running(worker)), "it goes on without its run"
     assert wait_until(lambda: not is_running(its_helper)), "its helper goes on"
 
     notes.unlink()
-    with start(work_on) as helper:
+    with start(1, work_on) as helper:
         worker, its_helper = pids()
         helper.connection.close()
         assert wait_until(lambda: not is_running(worker)), "it goes on without its run"
@@ -341,7 +390,7 @@ def test_a_worker_and_its_helpers_end_with_its_run(start, tmp_path, monkeypatch)
 def test_nobody_is_waited_for_if_the_fork_server_has_died(start, tmp_path, monkeypatch):
     notes = tmp_path / "notes"
     monkeypatch.setenv("NOTES", str(notes))
-    with start(work_on) as helper:
+    with start(1, work_on) as helper:
         assert wait_until(lambda: notes.exists() and notes.read_text())
         worker = int(notes.read_text().split()[0])
         os.kill(os.getpgid(worker), signal.SIGKILL)
@@ -355,8 +404,8 @@ def test_workers_do_not_wait_for_threads_of_the_run(start, tmp_path, monkeypatch
     torch.set_num_threads(2)
     try:
         torch.rand(2000, 2000) @ torch.rand(2000, 2000)
-        with start(compute) as helper:
-            assert hear(helper, (helper.shares[0], sds.stages(settings())[0])), "it waits for ever"
+        with start(1, compute) as helper:
+            assert hear(helper, helper.tasks[0]), "it waits for ever"
     finally:
         torch.set_num_threads(1)
 
@@ -368,7 +417,7 @@ def compute(distillation):
 def test_a_run_that_has_asked_for_gpus_goes_on_alone(start, monkeypatch):
     """A process that is forked then cannot use them."""
     monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
-    with start(note_stage) as helper:
+    with start(1, note_stage) as helper:
         assert wait_until(lambda: not ahead.listen(helper)), "the run waits for nobody"
         assert list(ahead.arrivals(helper, sds.stages(settings())[0], threading.Event())) == []
 
@@ -393,11 +442,15 @@ def test_workers_are_started_only_where_there_is_room(model_file, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 << 30))
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(cores))
     monkeypatch.setattr(ahead, "can_compile", lambda device: compiler)
-    assert ahead.room("cuda") == 8
-    free = ahead.MEMORY_OF_RUN + 3 * ahead.MEMORY_OF_WORKER
-    assert ahead.room("cuda") == 3
-    free, cores = 64 << 30, 6
-    assert ahead.room("cuda") == 3
+    assert ahead.room("cuda") == ahead.MOST
+    for count in range(1, 6):
+        free = ahead.MEMORY_OF_RUN + count * ahead.MEMORY_OF_WORKER
+        assert ahead.room("cuda") == (count if count >= ahead.FEWEST else 0), "they need memory"
+    free, cores = 64 << 30, 10
+    assert ahead.room("cuda") == 5
+    cores = 4
+    assert ahead.room("cuda") == 0, "so few make the run slower"
+    cores = 16
     free = 1 << 30
     assert ahead.room("cuda") == 0
     free, compiler = 64 << 30, False
@@ -409,29 +462,27 @@ def test_workers_are_started_only_where_there_is_room(model_file, monkeypatch):
         ours, theirs = multiprocessing.Pipe()
         helper = ahead.Helper(ours, [], set())
         ahead.start_workers(helper, s, torch.float32, torch.device("cuda:0"))
-        if not helper.shares:
+        if not helper.tasks:
             with pytest.raises(EOFError):  # it has nothing to wait for
                 theirs.recv()
             return 0
-        planned, job = theirs.recv()
-        assert planned == helper.shares and ahead.has_workers(helper)
+        started, job = theirs.recv()
+        assert helper.tasks == ahead.tasks(s, job.config) and ahead.has_workers(helper)
         assert (job.s, job.dtype, job.device) == (s, torch.float32, torch.device("cuda:0"))
-        taken = len(planned) * (job.memory + ahead.CONTEXT)
+        taken = started * (job.memory + ahead.CONTEXT)
         assert taken <= free - ahead.MEMORY_OF_RUN, "they may take what the run needs"
-        return len(planned)
+        return started
 
-    assert [count(n) for n in (0, 2, 3, 6, 7, 30)] == [0, 0, 3, 3, 7, 7]
+    assert [count(n) for n in (0, 3, 7)] == [0, 3, 7]
 
 
-def test_a_share_is_given_up_if_its_worker_cannot_be_started(monkeypatch):
+def test_a_worker_that_cannot_be_started_asks_for_nothing(monkeypatch):
     def refuse(process):
         raise BlockingIOError("Resource temporarily unavailable")
 
     monkeypatch.setattr(multiprocessing.get_context("fork").Process, "start", refuse)
-    reader, share = ahead.start(("field", 0, 1), None, None)
-    assert share == ("field", 0, 1)
     with pytest.raises(EOFError):
-        reader.recv()
+        ahead.start(None, None).recv()
 
 
 # ---- the thread of the run -------------------------------------------------------------------
@@ -444,13 +495,12 @@ def run(monkeypatch):
             assert compiled and self.model.vae.encoder is not run.model.vae.encoder
             self.stage = stage
 
-    def compile_share(apart, *share_and_known):
-        *share, known = share_and_known
+    def compile_piece(apart, part, piece, known):
         assert threading.current_thread() is not threading.main_thread(), "the run would stop"
         assert UNDISTURBED.locked(), "a graph could be captured now"
         assert apart.nerf is not run.nerf, "the run's field would have gradients"
         assert known.setdefault("stage", apart.stage) == apart.stage, "that is of another stage"
-        run.took.append((apart.stage, tuple(share)))
+        run.took.append(ahead.Task(apart.stage, part, piece))
 
     coarse, _ = sds.stages(settings())
     model = torch.nn.Module()
@@ -458,31 +508,32 @@ def run(monkeypatch):
     model.vae.encoder = torch.nn.Module()
     field = torch.nn.Linear(1, 1)
     run = Run(stage=coarse, device=torch.device("cpu"), model=model, nerf=field, took=[])
-    monkeypatch.setattr(ahead, "compile_share", compile_share)
+    monkeypatch.setattr(ahead, "compile_piece", compile_piece)
     return run
 
 
 def test_the_thread_takes_over_what_is_done(run, given_up):
     coarse, fine = sds.stages(settings())
-    shares = ahead.shares(7)
-    helper, say = given_up(shares[-1])
+    half = len(TASKS) // 2
+    *some, last = TASKS[:half]
+    helper, say = given_up(last, TASKS[-1])
     with ahead.take_overs(run, helper) as is_compiled:
-        assert not is_compiled(coarse, 0), "one share is not done"
-        assert wait_until(lambda: len(run.took) == 6)
+        assert not is_compiled(coarse, 0), "one task is not done"
+        assert wait_until(lambda: run.took == some)
         assert not is_compiled(coarse, 0) and run.stage == coarse
-        say((shares[-1], coarse))
+        say(last)
         assert wait_until(lambda: is_compiled(coarse, 0.1))
-        assert run.took == [(coarse, share) for share in shares]
-        assert is_compiled(coarse, 0) and len(run.took) == 7, "taken over twice"
-        say((shares[-1], fine))
+        assert run.took == TASKS[:half]
+        assert is_compiled(coarse, 0) and len(run.took) == half, "taken over twice"
+        say(TASKS[-1])
         assert is_compiled(fine, None)
-        assert run.took[7:] == [(fine, share) for share in shares]
+        assert run.took == TASKS
     assert sys.getswitchinterval() == pytest.approx(0.005)
 
 
 def test_a_run_that_ends_does_not_wait_for_its_workers(run, given_up):
     coarse, _ = sds.stages(settings())
-    helper, _ = given_up(ahead.shares(7)[0])
+    helper, _ = given_up(TASKS[0])
 
     def end():
         with pytest.raises(KeyError), ahead.take_overs(run, helper) as is_compiled:
@@ -502,7 +553,7 @@ def test_what_fails_in_the_thread_fails_in_the_run(run, given_up, monkeypatch):
         raise RuntimeError("no memory")
 
     coarse, _ = sds.stages(settings())
-    monkeypatch.setattr(ahead, "compile_share", fail)
+    monkeypatch.setattr(ahead, "compile_piece", fail)
     helper, _ = given_up()
     with ahead.take_overs(run, helper) as is_compiled:
         assert wait_until(lambda: is_compiled(coarse, 0))
@@ -532,8 +583,7 @@ def count_programs(model_file, device, dtype, processes):
     with ahead.fork_server(True) as helper:
         tune_cuda(tf32=dtype != torch.float32, search=False)  # the cache goes by it
         ahead.start_workers(helper, s, dtype, device)
-        everything = [(share, stage) for share in helper.shares for stage in sds.stages(s)]
-        assert hear(helper, *everything, seconds=600)
+        assert hear(helper, *helper.tasks, seconds=600)
     model = MVDream.load(model_file, device, dtype)
     with torch.no_grad():
         context = model.embed([s.prompt, s.negative])
@@ -573,6 +623,6 @@ def test_the_run_finds_everything_in_the_cache(model_file, device, dtype, proces
     )
     assert result.returncode == 0, result.stderr
     found, missed = map(int, result.stdout.split())
-    # At least: the field, two halves of the encoder and nine pieces of the UNet.
-    assert found >= 12, "the cache was hardly used"
+    # At least: the field, three pieces of the encoder and nine of the UNet.
+    assert found >= 13, "the cache was hardly used"
     assert not missed, f"{missed} programs are compiled anew, beside {found}"

@@ -473,7 +473,7 @@ def test_the_compiler_takes_over_after_the_first_picture(start, monkeypatch, tmp
 )
 def test_the_run_goes_on_until_its_steps_are_compiled(start, ready_from, switches, monkeypatch):
     """Nothing is compiled here: only when that would be is noted."""
-    helper = ahead.Helper(None, ["a share"], set())
+    helper = ahead.Helper(None, ["a task"], set())
     asked, seen, drawn, left = [], [], [], []
     waits = iter([False, False])  # what is said of the fine stage at first
 
