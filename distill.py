@@ -256,7 +256,7 @@ def distill(s, context, model, out, state=None, helper=None):
     cli.print_changes(s, *presets.settings_for("distill", model.config))
 
     visits = occupancy_visits(distillation)
-    show_every = s.show_every or max(FIRST_LOOK, s.steps // 20)
+    show_every = s.show_every or max(FIRST_LOOK, s.steps // 10)
     coarse, fine = sds.stages(s)
     worth_it = worth_compiling(s, s.steps - start, device)
     # Where the run compiles alone the few steps before are not worth a graph.

@@ -69,7 +69,7 @@ class DistillSettings:
     )
     save_every: int = setting(1000, "steps between checkpoints", min=1)
     show_every: int = setting(
-        0, "steps between pictures; 0: a twentieth of the run, and at least 20", min=0
+        0, "steps between pictures; 0: a tenth of the run, and at least 20", min=0
     )
 
     # what the model is asked
