@@ -92,8 +92,8 @@ def tasks(s, config):
     What takes long comes first, so that nobody waits for it in the end. s: DistillSettings; config:
     the ModelConfig.
     """
-    encoder = len(config.vae.channel_mult) + 1
-    unet = 2 * len(config.unet.channel_mult) + 3
+    encoder = len(config.vae.channel_mult) + 1  # its levels, and what follows
+    unet = 2 * len(config.unet.channel_mult) + 3  # levels down and up, before, between and behind
     places = [("field", 0)]
     places += [("encoder", piece) for piece in range(encoder)]
     places += [("unet", piece) for piece in reversed(range(unet))]

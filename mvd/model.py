@@ -377,7 +377,7 @@ class MVDream(nn.Module):
 
     @contextlib.contextmanager
     def kept_step(self, name, step, *baked):
-        """Within this context: a GraphedStep of `step`, or once compiled that of the last sample.
+        """Within this context: a GraphedStep of `step`; once compiled, that of the last sample.
 
         That one if it was captured for the same `baked`, and if the weights of the part of that
         name lie where its graph reads them. baked: the shapes of the arguments of `step`, and all
@@ -387,6 +387,9 @@ class MVDream(nn.Module):
             places = [(p.data_ptr(), p.dtype) for p in self.get_submodule(name).parameters()]
             return *baked, torch.is_inference_mode_enabled(), *places
 
+        if name != "unet" and not self.compiled:
+            yield step  # for a few calls, a graph takes memory and saves no time
+            return
         captured_for, graphed = self.kept.pop(name, (None, None))
         if captured_for != key():
             graphed = None  # its memory is needed

@@ -568,6 +568,7 @@ def test_a_model_that_is_not_compiled_keeps_no_graph(model, graphs):
     for _ in range(2):
         plain.sample(**FIRST)
     assert [graph.replays for graph in graphs.unet] == [2, 2] and not plain.kept, "a graph is kept"
+    assert not graphs.text and not graphs.vae, "they take memory, and save no time"
 
 
 @pytest.mark.gpu
