@@ -367,8 +367,10 @@ def hand_out(connection, workers, waiting):
                 connection.send(task)
             with contextlib.suppress(EOFError, OSError):  # it has ended
                 worker.recv()
-                worker.send(waiting[0] if waiting else None)
-                task_of[worker] = waiting.pop(0) if waiting else None
+                task = waiting[0] if waiting else None
+                worker.send(task)
+                task_of[worker] = task
+                del waiting[:1]
         if not task_of:
             for task in waiting:
                 connection.send(task)

@@ -346,9 +346,10 @@ class MVDream(nn.Module):
 
     # ---- prompts, images, latents ----
 
-    def embed(self, prompts):
-        """B prompts -> context [B, L, D]."""
-        return self.text(self.text.tokenize(prompts).to(self.device))
+    def embed(self, prompts, tower=None):
+        """B prompts -> context [B, L, D]. tower: what stands for `text`, if not it."""
+        tower = tower or self.text
+        return tower(self.text.tokenize(prompts).to(self.device))
 
     def encode(self, images, sample=False):
         """Images [B, V, 3, H, W] in [-1, 1] -> scaled latents [B, V, c, h, w].
@@ -380,7 +381,7 @@ class MVDream(nn.Module):
         """Within this context: a GraphedStep of `step`; once compiled, that of the last sample.
 
         That one if it was captured for the same `baked`, and if the weights of the part of that
-        name lie where its graph reads them. baked: the shapes of the arguments of `step`, and all
+        name lie where its graph reads them. baked: what shapes the arguments of `step`, and all
         else that it reads but these weights. After an error none is kept.
         """
         def key():
@@ -433,7 +434,6 @@ class MVDream(nn.Module):
             azimuths = azimuth + torch.arange(views) * span / views
             camera = cameras.extrinsics(cameras.orbit(elevation, azimuths)).to(device)  # [V, 16]
             camera = camera.repeat(B, 1, 1)
-        rows = self.text.tokenize(prompts + [negative]).to(device)  # [B + 1, L]
 
         def guided_noise(x, t, context, camera=None):
             eps, conditional = diffusion.guided_noise(self.unet, x, t, context, camera, guidance)
@@ -443,8 +443,8 @@ class MVDream(nn.Module):
         shape = (B, views, config.unet.in_channels, h, h)
         times = diffusion.timesteps(steps, sampler).tolist()
         with side_stream(device):
-            with self.kept_step("text", self.text, rows.shape) as tower:
-                text = tower(rows)  # [B + 1, L, D]
+            with self.kept_step("text", self.text, B) as tower:
+                text = self.embed(prompts + [negative], tower)  # [B + 1, L, D]
             context = torch.cat([text[:-1], text[-1:].expand(B, -1, -1)])  # [2B, L, D]
             told = [context] if camera is None else [context, camera]
             baked = shape, mode, guidance, rescale, context.dtype
