@@ -167,9 +167,14 @@ def write_results(distillation, out, size, done):
     the pictures, where nothing should be.
     """
     s = distillation.s
-    eight, camera = view_from(
-        distillation, [45.0 * i for i in range(8)], size, normals=True
+    turned, camera = view_from(
+        distillation, [11.25 * i for i in range(32)], size, normals=True
     )
+    # One of 45 degrees after the other.
+    eight = render.Pictures(
+        turned.rgb[::4], turned.opacity[::4], turned.depth[::4], turned.normal[::4]
+    )
+    camera["azimuth"] = camera["azimuth"][::4]
     depth = pictures.depth_picture(eight.depth, eight.opacity)
     normals = pictures.normal_picture(eight.normal, eight.opacity)
     pictures.save_png(out / "views4.png", pictures.grid(eight.rgb[::2], 4))
@@ -180,9 +185,6 @@ def write_results(distillation, out, size, done):
     tensors.update(rgb=eight.rgb, opacity=eight.opacity, normal=eight.normal)
     write_safetensors(out / "views.safetensors", tensors)
     write_views(out / "views", eight, camera)
-    turned, _ = view_from(
-        distillation, [10.0 * i for i in range(36)], size, normals=True
-    )
     pictures.save_turntable(out / "turntable.webp", turned.rgb)
     turned_normals = pictures.normal_picture(turned.normal, turned.opacity)
     # Side by side: the page turns both together.

@@ -288,14 +288,14 @@ def test_the_page_turns_colours_and_normals_together(whole):
     content = base64.b64decode(canvas[1].split(",")[1])
     with Image.open(io.BytesIO(content)) as image:
         sheet = np.array(image.convert("RGB")) / 255
-    # Frames 0, 9, 18, 27 are a quarter of a turn apart; so are every second of the eight views.
+    # Frames 0, 8, 16, 24 are a quarter of a turn apart; so are every second of the eight views.
     for name, left in (("views.png", 0), ("normals.png", 32)):
         views = toy_data.read_png(whole() / name).permute(1, 2, 0).numpy()
         for quarter in range(4):
             view = 2 * quarter
             y, x = 34 * (view // 4), 34 * (view % 4)
             expected = views[y : y + 32, x : x + 32]
-            frame = 9 * quarter
+            frame = 8 * quarter
             y, x = 34 * (frame // 6), 66 * (frame % 6) + left
             found = sheet[y : y + 32, x : x + 32]
             # WebP is not exact.
@@ -313,7 +313,7 @@ def test_a_finished_run_gives_a_finer_mesh(start, tmp_path):
 def test_the_page_of_a_run_that_is_over(whole):
     page = (whole() / "index.html").read_text()
     assert "6 of 6 steps" in page
-    assert 'data-count="36"' in page, "the turntable has not 36 frames"
+    assert 'data-count="32"' in page, "the turntable has not 32 frames"
     assert page.count("<img") == 6 + 3, "a picture is missing: progress, views, normals, depth"
     assert page.count('class="chart"') == 3
     for heading in ("Loss", "Gradient", "Opacity"):
