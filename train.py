@@ -7,7 +7,8 @@
 
 Or from a model, with --init: then, as in the paper, the text tower and the autoencoder stay, and
 the UNet learns, with its new camera MLP. With --vae-steps the decoder learns, too, before the
-UNet; never the encoder, whose latents the UNet knows.
+UNet; never the encoder, whose latents the UNet knows. Beside the autoencoder of a small model a
+light encoder learns to give the same latents, for distill.py.
 
 A batch is multi-view with probability 0.7, else single images in 2D mode. Data that fits is held in
 memory, its latents computed once; else it is read from its files at every step. Everything random
@@ -25,6 +26,7 @@ from pathlib import Path
 
 import mvd  # before torch: tools/threads.py
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from mvd import bench, data, diffusion, fit, presets
@@ -39,6 +41,7 @@ from mvd.tools.page import write_page
 from mvd.tools.pictures import grid, save_png
 from mvd.tools.progress import operations_per_view
 from mvd.tools.vocabulary import IDENTIFIERS, words_of
+from mvd.vae import Encoder
 
 # The share of texts that are left out, for guidance.
 UNCONDITIONAL_SHARE = 0.1
@@ -199,6 +202,18 @@ def vae_errors(vae, images, dice):
     error = (vae.decode(z).float() - images).flatten(1)
     kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).flatten(1)
     return error.abs().mean(1) + SQUARED_WEIGHT * (error**2).mean(1) + KL_WEIGHT * kl.mean(1)
+
+
+def light_errors(vae, images):
+    """How far the posterior of the light encoder is from the encoder's, which stays: [N].
+
+    The mean square over means and log-variances. images [N, 3, H, W] in [-1, 1].
+    """
+    with torch.no_grad():
+        wanted = vae.encoder(images)
+    # `vae.encode` ends with this product, which is not to learn from it.
+    apart = F.conv2d(vae.light(images) - wanted, vae.quant_conv.weight.detach())
+    return (apart.float()**2).flatten(1).mean(1)
 
 
 def diffusion_errors(model, z, tokens, camera, no_tokens, dice):
@@ -491,7 +506,11 @@ class Training:
         """Errors of the autoencoder on pictures over greys, half of them in other colours."""
         pictures = data.recolour(self.feed.pictures(kind, *batch), dice)
         pictures = data.on_grey(pictures, dice.uniform("grey"))
-        return vae_errors(self.model.vae, pictures, dice), None
+        vae = self.model.vae
+        errors = vae_errors(vae, pictures, dice)
+        if vae.light:
+            errors = errors + light_errors(vae, pictures)
+        return errors, None
 
     @torch.no_grad()
     def show_vae(self, step):
@@ -513,6 +532,8 @@ class Training:
         learning = vae
         if s.init:
             learning = torch.nn.ModuleList([vae.post_quant_conv, vae.decoder])
+            if vae.light:
+                learning.append(vae.light)
         learning.requires_grad_(True)
         shares = {"objects": RENDERED_SHARE, "images": 1 - RENDERED_SHARE}
         shares = {kind: x for kind, x in shares.items() if kind in self.shares}
@@ -621,13 +642,25 @@ def load_model(s, captions, device):
     """The model to begin with: what --init names, or a new one that knows the captions' words."""
     torch.manual_seed(s.seed)  # all processes must begin with the same weights
     if s.init:
-        return MVDream.load(s.init, device)
+        model = MVDream.load(s.init, device)
+        if s.vae_steps:
+            add_light(model)
+        return model
     model = new_model(s, captions)
     if s.autoencoder:
         trained = MVDream.load(s.autoencoder)
         model.config.vae = trained.config.vae
         model.vae = trained.vae
     return model.to(device)
+
+
+def add_light(model):
+    """Give a model without a light encoder a new one, if its preset has one and it fits."""
+    widths = PRESETS[model.config.preset].model.vae.light
+    vae = model.vae
+    if not vae.light and len(widths) <= len(vae.config.channel_mult):
+        vae.config.light = widths
+        vae.light = Encoder(vae.config, widths).to(model.device)
 
 
 def new_model(s, captions):

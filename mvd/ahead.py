@@ -92,7 +92,8 @@ def tasks(s, config):
     What takes long comes first, so that nobody waits for it in the end. s: DistillSettings; config:
     the ModelConfig.
     """
-    encoder = len(config.vae.channel_mult) + 1  # its levels, and what follows
+    levels = s.light and config.vae.light or config.vae.channel_mult
+    encoder = len(levels) + 1  # these, and what follows
     unet = 2 * len(config.unet.channel_mult) + 3  # levels down and up, before, between and behind
     places = [("field", 0)]
     places += [("encoder", piece) for piece in range(encoder)]
@@ -228,8 +229,7 @@ def take_over(distillation, stage, helper, stop):
     apart.nerf = copy.deepcopy(distillation.nerf)  # for gradients of its own
     apart.model = twin(distillation.model)
     apart.model.unet = twin(apart.model.unet)
-    apart.model.vae = twin(apart.model.vae)
-    apart.model.vae.encoder = twin(apart.model.vae.encoder)
+    apart.encoder = twin(apart.encoder)
     known = {}
     with side_stream(distillation.device, THREAD):
         apart.begin(stage, compiled=True)
@@ -304,7 +304,7 @@ def compile_piece(distillation, part, piece, known):
     elif part == "encoder":
         if "images" not in known:
             known["images"], _, _ = unfilled(distillation.render_images, draws)
-        with only(model.vae.encoder, piece, known):
+        with only(distillation.encoder, piece, known):
             distillation.encode(known["images"])
     else:
         side = model.config.size // model.latent_factor

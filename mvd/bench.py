@@ -205,7 +205,8 @@ def network_parts(m, views):
         return m.unet(x, t, context, camera)
 
     def encode():
-        loss = m.encode(2 * images - 1).float().square().sum()
+        latents = m.encode(2 * images - 1, encoder=m.vae.light)  # as a step does
+        loss = latents.float().square().sum()
         return torch.autograd.grad(loss, images)[0]
 
     @torch.no_grad()

@@ -285,6 +285,9 @@ class MVDream(nn.Module):
         for part in ("unet", "vae", "text"):
             state = getattr(self, part).state_dict()
             parts[part] = {key: t.detach().to(dtype or t.dtype) for key, t in state.items()}
+        if layout != "mvd":
+            # No other layout has a light encoder.
+            parts["vae"] = {k: t for k, t in parts["vae"].items() if not k.startswith("light.")}
         if layout != "mvd" and is_variant(self.config.unet):
             raise UserError(
                 f"cannot write {path}: {LAYOUTS[layout]} layout has no UNet of this kind "
@@ -351,13 +354,14 @@ class MVDream(nn.Module):
         tower = tower or self.text
         return tower(self.text.tokenize(prompts).to(self.device))
 
-    def encode(self, images, sample=False):
+    def encode(self, images, sample=False, encoder=None):
         """Images [B, V, 3, H, W] in [-1, 1] -> scaled latents [B, V, c, h, w].
 
         They are the posterior's mean, or with `sample` a draw from it. The noise of a draw must
         not depend on how the mean lies in memory (a compiled encoder returns channels last).
+        encoder: as of `vae.encode`.
         """
-        z, logvar = self.vae.encode(images.flatten(0, 1))
+        z, logvar = self.vae.encode(images.flatten(0, 1), encoder)
         if sample:
             noise = torch.randn_like(z, memory_format=torch.contiguous_format)
             z = z + torch.exp(0.5 * logvar) * noise

@@ -73,6 +73,7 @@ TINY = Preset(
             z_channels=8,
             scale_factor=1.0,
             groups=8,
+            light=(32, 64),
         ),
         text=TextConfig(
             width=192, heads=6, layers=2, unused_layers=0, output_dim=None, context_length=24

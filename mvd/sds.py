@@ -99,6 +99,7 @@ class DistillSettings:
     )
     coarse_budget: int = setting(1 << 18, "samples of the field in a step at first", min=1024)
     fine_budget: int = setting(1 << 20, "samples of the field in a step later", min=1024)
+    light: bool = setting(True, "encode renders with the model's light encoder, if it has one")
     step_size: float = setting(
         render.DIAGONAL / 512, "distance between samples", min=0.001, max=0.2
     )
@@ -287,6 +288,9 @@ class Distillation:
         self.s = s
         self.model = model
         self.context = context
+        # What encodes its renders.
+        vae = model.vae
+        self.encoder = vae.light if s.light and vae.light else vae.encoder
         self.device = device = context.device
         _, encoding_config = ENCODINGS[s.encoding]
         config = NeRFConfig(
@@ -319,7 +323,7 @@ class Distillation:
         self.rendering = self.render_images
         if compiled:
             self.rendering = torch.compile(self.render_images, dynamic=False)
-            compile_network(self.model.vae.encoder)
+            compile_network(self.encoder)
             compile_network(self.model.unet)
 
     def anneal(self, progress):
@@ -423,7 +427,8 @@ class Distillation:
 
         Set by set, so that a compiler sees one shape however many sets there are.
         """
-        latents = side_by_side(partial(self.model.encode, sample=True), images.split(1))
+        encode = partial(self.model.encode, sample=True, encoder=self.encoder)
+        latents = side_by_side(encode, images.split(1))
         return torch.cat(latents).float().contiguous()
 
     def ask(self, latents, draws):

@@ -28,6 +28,13 @@ class VAEConfig:
     scale_factor: float = 0.18215
     # Groups of every group norm: more than one channel each, or it removes the brightness.
     groups: int = 32
+    # The widths of the levels of a light encoder, finest first; (): there is none.
+    light: tuple = ()
+
+
+def level_widths(config):
+    """The widths of the levels of encoder and decoder, finest first."""
+    return [config.channels * multiple for multiple in config.channel_mult]
 
 
 def group_norm(groups, channels):
@@ -127,16 +134,21 @@ class UpLevel(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images [N, 3, H, W] -> [N, 2 z_channels, h, w]."""
+    """Images [N, 3, H, W] -> [N, 2 z_channels, h, w].
+
+    widths: those of a light encoder's levels, finest first, else None. If these are fewer than the
+    decoder's, the first takes 2 × 2 pixels as one, or 4 × 4, ...
+    """
     # What a compiler takes one by one (`model.compile_network`).
     PIECES = ("descend", "leave")
 
-    def __init__(self, config):
+    def __init__(self, config, widths=None):
         super().__init__()
         groups = config.groups
-        widths = [config.channels * multiple for multiple in config.channel_mult]
-        width = config.channels
-        self.conv_in = Conv2d(3, width, 3, padding=1)
+        width = widths[0] if widths else config.channels
+        widths = widths or level_widths(config)
+        self.patch = 2 ** (len(config.channel_mult) - len(widths))
+        self.conv_in = Conv2d(3 * self.patch**2, width, 3, padding=1)
         levels = []  # finest first
         for i, wider in enumerate(widths):
             halve = i < len(widths) - 1
@@ -156,6 +168,8 @@ class Encoder(nn.Module):
             if torch.compiler.is_compiling():
                 # Else a GPU copies the wide gradient of conv_in twice, to this layout and back.
                 x = x.contiguous(memory_format=torch.channels_last)
+            if self.patch > 1:
+                x = F.pixel_unshuffle(x, self.patch)  # [N, 3 patch², H / patch, W / patch]
             x = self.conv_in(x)
         return self.down[number](x)
 
@@ -177,7 +191,7 @@ class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         groups = config.groups
-        widths = [config.channels * multiple for multiple in config.channel_mult]
+        widths = level_widths(config)
         coarsest = len(widths) - 1
         self.conv_in = Conv2d(config.z_channels, widths[coarsest], 3, padding=1)
         self.middle = middle(widths[coarsest], groups)
@@ -204,16 +218,19 @@ class VAE(nn.Module):
         self.config = config = config or VAEConfig()
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
+        # A tenth of the arithmetic, for nearly the same latents (`train.light_errors`).
+        self.light = Encoder(config, config.light) if config.light else None
         self.quant_conv = Conv2d(2 * config.z_channels, 2 * config.z_channels, 1)
         self.post_quant_conv = Conv2d(config.z_channels, config.z_channels, 1)
 
-    def encode(self, images):
+    def encode(self, images, encoder=None):
         """Images in [-1, 1] -> mean and log-variance of the posterior q(z | image), unscaled.
 
-        images [N, 3, H, W], H and W divisible by 2^(levels - 1). Each result is
-        [N, z_channels, h, w]; a sample is mean + exp(logvar / 2) * noise.
+        images [N, 3, H, W], H and W divisible by 2^(levels - 1). encoder: `light`, if not
+        `encoder`. Each result is [N, z_channels, h, w]; a sample is mean + exp(logvar / 2) * noise.
         """
-        mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
+        encoder = encoder or self.encoder
+        mean, logvar = self.quant_conv(encoder(images)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
     def decode(self, z):

@@ -548,10 +548,20 @@ def vae_config(parts, known):
     for level in range(levels):
         bias = f"encoder.down.{level}.blocks.0.conv1.bias"
         mult.append(size(parts, "vae", bias, multiple_of=width) // width)
+    light = []
+    for level in range(count(names, r"light\.down\.(\d+)\.")):
+        bias = f"light.down.{level}.blocks.0.conv1.bias"
+        light.append(size(parts, "vae", bias, multiple_of=known.groups))
+    if len(light) > levels:
+        raise UserError(
+            f"the VAE has {levels} levels and its light encoder {len(light)}, which fits no model "
+            "that mvd reads"
+        )
     return replace(
         known,
         channels=width,
         channel_mult=tuple(mult),
+        light=tuple(light),
         num_res_blocks=count(names, r"encoder\.down\.0\.blocks\.(\d+)\."),
         z_channels=size(parts, "vae", "post_quant_conv.weight"),
     )

@@ -32,6 +32,7 @@ SETTINGS = dict(
 def model_file(tmp_path_factory):
     config = small_config()
     config.size = 32
+    config.vae.light = (32, 32)
     return saved_model(tmp_path_factory.mktemp("model"), config)
 
 
@@ -52,6 +53,7 @@ def describe(tensor):
         dict(shading=True),
         dict(mode="2d"),
         dict(loss="sds", smoothness=0.0),
+        dict(light=False),
     ],
 )
 def test_the_tasks_of_a_step_are_what_the_step_compiles(
@@ -185,15 +187,17 @@ def test_only_one_of_the_pieces_is_run():
     assert network.square is square, "the network is not put back"
 
 
-def test_the_tasks_are_all_pieces_of_both_stages(model_file, monkeypatch):
-    s, model = settings(), MVDream.load(model_file)
+@pytest.mark.parametrize("light", [True, False])
+def test_the_tasks_are_all_pieces_of_both_stages(model_file, light, monkeypatch):
+    s, model = settings(light=light), MVDream.load(model_file)
     tasks = ahead.tasks(s, model.config)
     assert len(set(tasks)) == len(tasks), "one is there twice"
     coarse, fine = sds.stages(s)
     half = len(tasks) // 2
     assert [task.stage for task in tasks] == half * [coarse] + half * [fine], "the fine half waits"
     count = dict(field=1, encoder=0, unet=0)
-    for part, network in (("encoder", model.vae.encoder), ("unet", model.unet)):
+    encoder = model.vae.light if light else model.vae.encoder
+    for part, network in (("encoder", encoder), ("unet", model.unet)):
         for name in network.PIECES:
             def call(*arguments, part=part, method=getattr(network, name)):
                 count[part] += 1
@@ -492,7 +496,7 @@ def run(monkeypatch):
     """A run, without a model, that notes what is taken over: `took`."""
     class Run(SimpleNamespace):
         def begin(self, stage, compiled):
-            assert compiled and self.model.vae.encoder is not run.model.vae.encoder
+            assert compiled and self.encoder is not run.encoder
             self.stage = stage
 
     def compile_piece(apart, part, piece, known):
@@ -503,11 +507,12 @@ def run(monkeypatch):
         run.took.append(ahead.Task(apart.stage, part, piece))
 
     coarse, _ = sds.stages(settings())
-    model = torch.nn.Module()
-    model.unet, model.vae = torch.nn.Module(), torch.nn.Module()
-    model.vae.encoder = torch.nn.Module()
+    model, encoder = torch.nn.Module(), torch.nn.Module()
+    model.unet = torch.nn.Module()
     field = torch.nn.Linear(1, 1)
-    run = Run(stage=coarse, device=torch.device("cpu"), model=model, nerf=field, took=[])
+    run = Run(
+        stage=coarse, device=torch.device("cpu"), model=model, encoder=encoder, nerf=field, took=[]
+    )
     monkeypatch.setattr(ahead, "compile_piece", compile_piece)
     return run
 

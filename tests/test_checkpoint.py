@@ -24,7 +24,7 @@ import pytest
 import torch
 
 import layouts
-from mvd import MVDream, weights
+from mvd import MVDream, presets, weights
 from mvd.model import join_attention, read_model
 from mvd.tools import checkpoint, cli
 from mvd.tools.errors import UserError
@@ -270,6 +270,47 @@ def test_the_released_layout_keeps_our_header(tmp_path):
         model.save(tmp_path / "m.pt", layout="mvd")
     with pytest.raises(UserError, match="no room for the words"):
         model.save(tmp_path / "m.pt", layout="mvdream")
+
+
+def light_model():
+    config = small_config()
+    config.vae.light = (32, 32)
+    return random_model(config)
+
+
+def test_a_light_encoder_is_written_and_read(tmp_path):
+    model = light_model()
+    model.save(tmp_path / "m.safetensors")
+    again = MVDream.load(tmp_path / "m.safetensors")
+    assert again.config == model.config
+    assert_same(again, model)
+
+
+@pytest.mark.parametrize("layout, name", [("mvdream", "m.safetensors"), ("diffusers", "m")])
+def test_other_layouts_have_no_light_encoder(layout, name, tmp_path):
+    """Whose readers would refuse tensors that they do not know."""
+    model = light_model()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*text_projection")
+        model.save(tmp_path / name, layout=layout)
+    vae = MVDream.load(tmp_path / name).vae
+    assert vae.config.light == () and vae.light is None
+    model.vae.light = None
+    assert_same(vae, model.vae)
+
+
+def test_a_light_encoder_of_more_levels_than_there_are_is_refused(tmp_path, capsys):
+    config = small_config()
+    model = random_model(config)
+    tensors = {f"vae.{name}": w.clone() for name, w in model.vae.state_dict().items()}
+    for part in ("unet", "text"):
+        state = getattr(model, part).state_dict()
+        tensors.update({f"{part}.{name}": tensor.clone() for name, tensor in state.items()})
+    for level in range(5):  # which would take half a pixel as one
+        tensors[f"vae.light.down.{level}.blocks.0.conv1.bias"] = torch.zeros(32)
+    path = tmp_path / "m.safetensors"
+    write_safetensors(path, tensors, {"mvd": json.dumps(presets.to_header(config))})
+    assert_says(["the VAE has 4 levels and its light encoder 5"], path, capsys)
 
 
 def test_what_a_folder_lacks_is_said_and_left_out(released, folder, tmp_path):

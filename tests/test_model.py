@@ -126,7 +126,7 @@ def test_noise_does_not_depend_on_the_layout_in_memory(model, monkeypatch):
         monkeypatch.setattr(
             model.vae,
             "encode",
-            lambda _: (mean.to(memory_format=layout), torch.zeros_like(mean)),
+            lambda *_: (mean.to(memory_format=layout), torch.zeros_like(mean)),
         )
         torch.manual_seed(1)
         drawn.append(model.encode(torch.zeros(1, 4, 3, 64, 64), sample=True))

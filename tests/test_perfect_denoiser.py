@@ -4,6 +4,8 @@ In place of the UNet stands a function that knows the object and the cameras. It
 the noise that separates x_t from the object's own pictures. The result is compared with renders
 of the object, from sides chosen here.
 """
+from types import SimpleNamespace
+
 import torch
 import torch.nn.functional as F
 
@@ -41,6 +43,7 @@ class PerfectModel:
         self.solids = shapes.build("bulldog", "crown", [7])
         self.palette = shapes.palette(["red"])
         self.c2w = self.fov = self.background = None
+        self.vae = SimpleNamespace(light=None, encoder=None)
 
     def watch(self, monkeypatch):
         """Look over the shoulder of whoever draws cameras and renders the field."""
@@ -60,7 +63,7 @@ class PerfectModel:
     def embed(self, prompts):
         return torch.zeros(len(prompts), 1, 1)
 
-    def encode(self, images, sample=False):
+    def encode(self, images, sample=False, encoder=None):
         return 0.5 * F.pixel_unshuffle(images, 4)
 
     def decode(self, latents):

@@ -389,6 +389,24 @@ def test_a_step_reaches_every_part_of_the_field(model_file, loss, mode):
         assert not torch.equal(weight, before[name]), f"{name} has not moved"
 
 
+def test_renders_are_encoded_by_the_light_encoder_if_there_is_one(tmp_path):
+    config = small_config()
+    config.size, config.vae.light = 32, (32, 32)
+    model_file = saved_model(tmp_path, config)
+    images = 2 * torch.rand(2, 4, 3, 32, 32) - 1
+    for light in (True, False):
+        distillation = make_distillation(model_file, light=light)
+        vae = distillation.model.vae
+        vae.quant_conv.bias[8:] = -30  # a posterior without noise
+        mean, _ = vae.encode(images.flatten(0, 1), vae.light if light else vae.encoder)
+        agree(
+            distillation.encode(images),
+            vae.config.scale_factor * mean.unflatten(0, (2, 4)),
+            f"the latents of renders, with light = {light}",
+            atol=1e-5,
+        )
+
+
 class OtherGrid(HashGrid):
     """A second encoding. It differs in its name alone."""
 

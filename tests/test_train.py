@@ -1,4 +1,5 @@
 """train.py: killed runs against whole ones, what learns, its losses, and where settings stand."""
+import copy
 import json
 import math
 import re
@@ -16,6 +17,7 @@ from mvd.model import PRESETS
 from mvd.tools import cli, parallel, run
 from mvd.tools.errors import UserError
 from mvd.tools.vocabulary import IDENTIFIERS
+from mvd.vae import VAE, VAEConfig
 from scripts import Killed, killed_after, saved_model, status
 from test_model import small_config
 
@@ -446,6 +448,57 @@ def test_vae_errors_of_a_perfect_autoencoder_are_its_kl():
     dice = data.Dice(0, torch.tensor(0), torch.arange(2))
     errors = train.vae_errors(Perfect(), images, dice)
     torch.testing.assert_close(errors, torch.full((2,), train.KL_WEIGHT * kl))
+
+
+def test_light_errors_are_those_of_the_posterior_and_only_the_light_encoder_learns():
+    torch.manual_seed(0)
+    vae = VAE(VAEConfig(channels=32, channel_mult=(1, 1, 1), z_channels=3, light=(32, 64)))
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    wanted = torch.cat(vae.encode(images), 1)
+    found = torch.cat(vae.encode(images, vae.light), 1)
+    errors = train.light_errors(vae, images)
+    torch.testing.assert_close(errors, ((found - wanted) ** 2).mean((1, 2, 3)))
+    errors.sum().backward()
+    learning = {name.split(".")[0] for name, w in vae.named_parameters() if w.grad is not None}
+    assert learning == {"light"}, f"these learn to please the light encoder: {learning}"
+
+
+@pytest.fixture
+def light_nano(monkeypatch):
+    """The nano preset has a light encoder."""
+    preset = copy.deepcopy(PRESETS["nano"])
+    preset.model.vae.light = (32, 32)
+    monkeypatch.setitem(PRESETS, "nano", preset)
+
+
+def test_a_new_model_has_the_light_encoder_of_its_preset(start, light_nano, tmp_path):
+    start("run")
+    model = MVDream.load(tmp_path / "run")
+    assert model.config.vae.light == (32, 32)
+    assert moved(train.new_model(train.TrainSettings(preset="nano"), []).vae.light, model.vae.light)
+
+
+def test_a_model_without_a_light_encoder_gets_one_that_learns(start, first, light_nano, tmp_path):
+    """The encoder, and the UNet, stay as they are."""
+    pictures = torch.cat([torch.rand(4, 3, 1, 1).expand(4, 3, 64, 64), torch.rand(4, 3, 64, 64)])
+
+    def error(name):
+        model = MVDream.load(tmp_path / name)
+        assert model.config.vae.light == (32, 32), f"{name} has no light encoder"
+        return train.light_errors(model.vae, 2 * pictures - 1).mean().item()
+
+    flags = ["--steps", "0", "--vae-lr", "0.005", "--sample-every", "99", "--save-every", "99"]
+    start("begun", "--init", str(first), "--vae-steps", "1", *flags)
+    start("run", "--init", str(first), "--vae-steps", "40", *flags)
+    assert error("run") < 0.5 * error("begun"), "it does not learn the encoder's latents"
+    before, after = MVDream.load(first), MVDream.load(tmp_path / "run")
+    assert moved(before.vae.encoder, after.vae.encoder) == moved(before.unet, after.unet) == []
+
+    start("again", "--init", str(tmp_path / "run"), "--vae-steps", "1", *flags, "--vae-lr", "1e-6")
+    assert error("again") < 0.5 * error("begun"), "one that is there is not taken"
+    start("unet", "--init", str(tmp_path / "run"), "--vae-steps", "0", "--steps", "1")
+    again = MVDream.load(tmp_path / "unet")
+    assert moved(after.vae, again.vae) == [], "without --vae-steps the light encoder is another"
 
 
 @pytest.mark.gpu

@@ -128,6 +128,35 @@ def test_any_width_and_size():
     assert image.grad.abs().sum() > 0, "no gradient reaches the image"
 
 
+@pytest.mark.parametrize("light", [(32, 64), (64,), (32, 64, 32)])
+def test_a_light_encoder_gives_latents_of_the_same_shape(light):
+    model = VAE(VAEConfig(channels=32, channel_mult=(1, 2, 2), z_channels=3, light=light))
+    image = torch.randn(2, 3, 16, 24, requires_grad=True)
+    mean, logvar = model.encode(image, model.light)
+    assert mean.shape == logvar.shape == model.encode(image)[0].shape == (2, 3, 4, 6)
+    mean.square().sum().backward()
+    assert image.grad.abs().sum() > 0, "no gradient reaches the image"
+
+
+@torch.no_grad()
+def test_a_light_encoder_begins_with_a_wider_convolution():
+    """Of every second pixel, or every fourth: its kernel is that of the patches, unrolled."""
+    for light, patch in (((32, 64), 2), ((64,), 4)):
+        model = VAE(VAEConfig(channels=32, channel_mult=(1, 2, 2), light=light))
+        first = model.light.conv_in
+        out = first.out_channels
+        kernel = first.weight.view(out, 3, patch, patch, 3, 3)  # out, colour, y and x in a patch
+        kernel = kernel.permute(0, 1, 4, 2, 5, 3).reshape(out, 3, 3 * patch, 3 * patch)
+        image = torch.randn(1, 3, 16, 24)
+        wanted = torch.nn.functional.conv2d(
+            image, kernel, first.bias, stride=patch, padding=patch
+        )
+        seen = []
+        first.register_forward_hook(lambda layer, inputs, output: seen.append(output))
+        model.encode(image, model.light)
+        agree(seen[0], wanted, f"the first layer, over patches of {patch} x {patch}", atol=1e-5)
+
+
 def test_full_size_has_the_parameters_of_stable_diffusion():
     with torch.device("meta"):
         model = VAE()
