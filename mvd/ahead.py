@@ -65,7 +65,7 @@ class Task(NamedTuple):
     """What a worker compiles in one go."""
     stage: sds.Stage
     part: str       # of a step: "field", "encoder" or "unet"
-    piece: int      # of a network: its number, in the order of its calls; of the field: 0
+    piece: int      # its number, in the order of their calls
 
 
 class Job(NamedTuple):
@@ -95,7 +95,7 @@ def tasks(s, config):
     levels = s.light and config.vae.light or config.vae.channel_mult
     encoder = len(levels) + 1  # these, and what follows
     unet = 2 * len(config.unet.channel_mult) + 3  # levels down and up, before, between and behind
-    places = [("field", 0)]
+    places = [("field", 1), ("field", 0)]  # its pictures, its samples
     places += [("encoder", piece) for piece in range(encoder)]
     places += [("unet", piece) for piece in reversed(range(unet))]
     return [Task(stage, *place) for stage in sds.stages(s) for place in places]
@@ -298,12 +298,18 @@ def compile_piece(distillation, part, piece, known):
     """
     draws = distillation.draw()
     model = distillation.model
-    if part == "field":
-        images, _, penalty = distillation.rendering(draws)
+
+    def render(draws):
+        return distillation.render_images(draws, distillation.find_samples(draws))
+
+    if (part, piece) == ("field", 0):
+        distillation.sampling(draws)
+    elif part == "field":
+        images, _, penalty = distillation.rendering(draws, distillation.find_samples(draws))
         (images.sum() + penalty).backward()
     elif part == "encoder":
         if "images" not in known:
-            known["images"], _, _ = unfilled(distillation.render_images, draws)
+            known["images"], _, _ = unfilled(render, draws)
         with only(distillation.encoder, piece, known):
             distillation.encode(known["images"])
     else:

@@ -178,7 +178,7 @@ def field_part(s, distillation, stage):
     draws = one.draw()
 
     def rendering():
-        images, _, penalty = one.rendering(draws)
+        images, _, penalty = one.rendering(draws, one.sampling(draws))
         (images.sum() + penalty).backward()
         one.optimizer.zero_grad(set_to_none=True)
         return images

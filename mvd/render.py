@@ -5,7 +5,8 @@
    `select_samples` fits them into a fixed number of slots.
 3. What is seen: `composite`, the volume rendering equation (NeRF, eq. 3).
 4. Light: `shade` and `orientation_loss`, where training wants shading; `smoothness_loss`.
-5. The whole: `render_rays` for training, `render_views` for pictures.
+5. The whole: `render_rays`, of which a step of training takes the two halves `sample_rays` and
+   `shade_samples`; `render_views` for pictures.
 
 Rule for all that a training step calls, so that a CUDA graph can hold it: no shape depends on data,
 and no number is read from the device (no `.item()`, `nonzero`, boolean index or branch on a
@@ -13,6 +14,7 @@ tensor). The tests check it. `render_views` alone is free of it.
 """
 from dataclasses import dataclass
 import math
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -108,8 +110,7 @@ class OccupancyGrid(nn.Module):
 
 # ---- 2. where to look ------------------------------------------------------------------------
 
-@dataclass
-class Samples:
+class Samples(NamedTuple):
     """S slots, sorted by ray and by distance.
 
     Unused slots come last. They have width 0, and a position of their own anywhere in the box.

@@ -277,8 +277,8 @@ def pick(config_class, s):
 class Distillation:
     """The field of a run, and the step that improves it.
 
-    `step` is `draw`, `render_images`, `encode`, `ask`, and the way back. No shape in it depends on
-    data, and nothing in it waits for the device, so that a CUDA graph can hold it: no
+    `step` is `draw`, `find_samples`, `render_images`, `encode`, `ask`, and the way back. No shape in
+    it depends on data, and nothing in it waits for the device, so that a CUDA graph can hold it: no
     `.item()`, no boolean indexing, no branch on a tensor, no tensor made of Python numbers. What
     changes in the course of a run is read from tensors, which `anneal` sets between two steps.
     """
@@ -320,8 +320,10 @@ class Distillation:
         """
         self.stage = stage
         self.batch_context = self.context.repeat_interleave(stage.sets, 0)  # [2B, L, D]
-        self.rendering = self.render_images
+        self.sampling, self.rendering = self.find_samples, self.render_images
         if compiled:
+            # Two programs, which two processes compile at a time (ahead.py).
+            self.sampling = torch.compile(self.find_samples, dynamic=False)
             self.rendering = torch.compile(self.render_images, dynamic=False)
             compile_network(self.encoder)
             compile_network(self.model.unet)
@@ -360,9 +362,23 @@ class Distillation:
         origins, directions = cameras.rays(draws.c2w, fov, size)
         return origins.reshape(-1, 3), directions.reshape(-1, 3)
 
-    def render_images(self, draws):
+    @torch.no_grad()
+    def find_samples(self, draws):
+        """Where the rays of a step meet matter: `render.Samples`, as many as its budget."""
+        origins, directions = self.rays(draws)  # [R, 3]
+        return render.sample_rays(
+            self.occupancy,
+            origins,
+            directions,
+            step=self.s.step_size,
+            budget=self.stage.budget,
+            jitter=draws.jitter,
+            phase=draws.phase,
+        )
+
+    def render_images(self, draws, samples):
         """The field's images [B, V, 3, H, W] in [-1, 1], mean opacity [], `penalty` []."""
-        s, (size, sets, budget) = self.s, self.stage
+        s, (size, sets, _) = self.s, self.stage
         origins, directions = self.rays(draws)  # [R, 3]
         background = torch.where(draws.plain, draws.colour, self.nerf.background(directions))
         # In a step of a bfloat16 model the field's two networks compute in bfloat16, too, and so
@@ -371,16 +387,12 @@ class Distillation:
         if self.context.dtype == torch.bfloat16:
             rough = torch.autocast(self.device.type, torch.bfloat16)
         with rough:
-            seen = render.render_rays(
+            seen = render.shade_samples(
                 self.nerf,
-                self.occupancy,
+                samples,
                 origins,
                 directions,
                 background,
-                budget=budget,
-                step=s.step_size,
-                jitter=draws.jitter,
-                phase=draws.phase,
                 shading=self.shading(draws) if s.shading else None,
             )
         images = seen.rgb.view(sets * s.views, size, size, 3).movedim(-1, 1)  # [B·V, 3, H, W]
@@ -453,7 +465,7 @@ class Distillation:
     def step(self):
         """One optimisation step: Step. It does not wait for the device."""
         draws = self.draw()
-        images, opacity, penalty = self.rendering(draws)
+        images, opacity, penalty = self.rendering(draws, self.sampling(draws))
         latents = self.encode(images)
         loss, x_t, x0_hat = self.ask(latents, draws)
         total = loss + penalty

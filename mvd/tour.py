@@ -385,7 +385,8 @@ def belief(scene, t=700, guidance=5.0):
     """8. A field's pictures, the noise, and what the model makes of them."""
     distillation = new_distillation(scene)
     draws = distillation.draw()
-    images, _, _ = distillation.render_images(draws)  # [1, V, 3, H, W] in [-1, 1]
+    samples = distillation.find_samples(draws)
+    images, _, _ = distillation.render_images(draws, samples)  # [1, V, 3, H, W] in [-1, 1]
     x0 = scene.model.encode(images)
     t = torch.tensor([t], device=x0.device)
     added = torch.randn_like(x0)

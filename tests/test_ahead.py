@@ -195,7 +195,7 @@ def test_the_tasks_are_all_pieces_of_both_stages(model_file, light, monkeypatch)
     coarse, fine = sds.stages(s)
     half = len(tasks) // 2
     assert [task.stage for task in tasks] == half * [coarse] + half * [fine], "the fine half waits"
-    count = dict(field=1, encoder=0, unet=0)
+    count = dict(field=2, encoder=0, unet=0)
     encoder = model.vae.light if light else model.vae.encoder
     for part, network in (("encoder", encoder), ("unet", model.unet)):
         for name in network.PIECES:

@@ -132,10 +132,10 @@ def test_operations_and_bytes_are_counted_right(model_file):
     # Both networks: 2 levels of 2 features, 8 hidden, 1 density, 3 colours.
     weights = 4 * 8 + 8 * 1 + 4 * 8 + 8 * 3
     forward_and_two_backward = 3 * 2 * 1024 * weights
-    # And for each ray: its direction is turned, 3 x 3, and the background has a network from 16
-    # numbers to 3. Directions have no gradient.
+    # And for each ray: its direction is turned, 3 x 3, to find samples and to show them, and the
+    # background has a network from 16 numbers to 3. Directions have no gradient.
     rays = s.coarse_sets * s.views * s.coarse_size**2
-    of_a_ray = 2 * (3 * 3 + 3 * (16 * 16 + 16 * 16 + 16 * 3) - 16 * 16)
+    of_a_ray = 2 * (2 * 3 * 3 + 3 * (16 * 16 + 16 * 16 + 16 * 3) - 16 * 16)
     assert bench.operations(function) == forward_and_two_backward + rays * of_a_ray
     # Read, and for the gradient read and written: 2 levels, 8 corners, 2 float32.
     assert traffic == 3 * 1024 * 2 * 8 * 2 * 4

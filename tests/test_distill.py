@@ -332,7 +332,7 @@ def test_the_log_has_the_annealed_times(whole):
 
 def test_the_log_has_what_one_watches(start, monkeypatch, tmp_path):
     """The norm of the field's gradient, and the mean opacity of a step's own pictures."""
-    step, render_rays = sds.Distillation.step, render.render_rays
+    step, shade_samples = sds.Distillation.step, render.shade_samples
     gradients, opacities = [], []
 
     def recording_step(distillation):
@@ -341,15 +341,16 @@ def test_the_log_has_what_one_watches(start, monkeypatch, tmp_path):
         gradients.append(torch.cat(everything).double().norm().item())
         return result
 
-    def recording_render(nerf, occupancy, origins, *rest, **more):
-        seen = render_rays(nerf, occupancy, origins, *rest, **more)
+    def recording_render(nerf, samples, origins, *rest, **more):
+        seen = shade_samples(nerf, samples, origins, *rest, **more)
         # The opacity of a ray is the sum of its samples' weights.
         opacities.append(seen.weights.double().sum().item() / len(origins))
         return seen
 
     monkeypatch.setattr(sds.Distillation, "step", recording_step)
-    monkeypatch.setattr(render, "render_rays", recording_render)
+    monkeypatch.setattr(render, "shade_samples", recording_render)
     assert start("run", "--shading", "--shading-from", "0.5") == 0
+    opacities = opacities[:6]  # the others are of the results
     rows = run.read_log(tmp_path / "run" / "log.jsonl")
     assert [row["gradient"] for row in rows] == pytest.approx(gradients, rel=1e-4)
     assert [row["opacity"] for row in rows] == pytest.approx(opacities, rel=1e-4)

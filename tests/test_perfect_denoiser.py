@@ -47,18 +47,19 @@ class PerfectModel:
 
     def watch(self, monkeypatch):
         """Look over the shoulder of whoever draws cameras and renders the field."""
-        draw_cameras, render_rays = sds.draw_cameras, render.render_rays
+        draw_cameras, shade_samples = sds.draw_cameras, render.shade_samples
 
         def remember_cameras(*args, **kwargs):
             self.c2w, self.fov = draw_cameras(*args, **kwargs)
             return self.c2w, self.fov
 
-        def remember_background(nerf, occupancy, origins, directions, background, **more):
-            self.background = background[0, 0]
-            return render_rays(nerf, occupancy, origins, directions, background, **more)
+        def remember_background(nerf, samples, origins, directions, background, **more):
+            if torch.is_tensor(background):  # else it is no step, but the results
+                self.background = background[0, 0]
+            return shade_samples(nerf, samples, origins, directions, background, **more)
 
         monkeypatch.setattr(sds, "draw_cameras", remember_cameras)
-        monkeypatch.setattr(render, "render_rays", remember_background)
+        monkeypatch.setattr(render, "shade_samples", remember_background)
 
     def embed(self, prompts):
         return torch.zeros(len(prompts), 1, 1)

@@ -344,17 +344,23 @@ def largest_gradients(field):
     return largest
 
 
+def rendered_anew(distillation):
+    """What `render_images` makes of new random draws."""
+    draws = distillation.draw()
+    return distillation.render_images(draws, distillation.find_samples(draws))
+
+
 @pytest.fixture
 def rendered(monkeypatch):
     """A list to which each rendering of a step adds (its background [R, 3], its Rendering)."""
-    rendered, render_rays = [], render.render_rays
+    rendered, shade_samples = [], render.shade_samples
 
-    def recording(field, occupancy, origins, directions, background, **more):
-        seen = render_rays(field, occupancy, origins, directions, background, **more)
+    def recording(field, samples, origins, directions, background, **more):
+        seen = shade_samples(field, samples, origins, directions, background, **more)
         rendered.append((background.detach(), seen))
         return seen
 
-    monkeypatch.setattr(render, "render_rays", recording)
+    monkeypatch.setattr(render, "shade_samples", recording)
     return rendered
 
 
@@ -561,7 +567,8 @@ def test_a_penalty_is_added_not_taken_away(model_file, monkeypatch, name, weight
             distillation.orientation.fill_(size)
         table = distillation.nerf.encoding.table
         draws = distillation.draw()
-        _, _, total = distillation.render_images(draws)
+        samples = distillation.find_samples(draws)
+        _, _, total = distillation.render_images(draws, samples)
         gradients.append(torch.autograd.grad(total, table, retain_graph=True)[0])
     own, = torch.autograd.grad(asked[-1], table)
     change = gradients[1] - gradients[0]
@@ -596,7 +603,7 @@ def test_the_kinds_of_light(model_file):
 def test_a_step_renders_what_its_samples_show(model_file, rendered):
     """Ray by ray in a loop (NeRF eq. 3): a wrong transmittance is a wrong picture."""
     distillation = make_distillation(model_file, random_background=0.0)
-    images, opacity, _ = distillation.render_images(distillation.draw())
+    images, opacity, _ = rendered_anew(distillation)
     (background, seen), = rendered
     with torch.no_grad():
         density, albedo = distillation.nerf(seen.samples.position)
@@ -627,10 +634,10 @@ def test_a_large_rendering_is_averaged_to_the_models_size(model_file, monkeypatc
     columns = (torch.arange(128) % 4 == 0).float().view(1, 1, 128, 1)
     rgb = columns.expand(4, 128, 128, 3).reshape(-1, 3)
     field = distillation.nerf
-    monkeypatch.setattr(render, "render_rays", lambda *given, **named: render.Rendering(
+    monkeypatch.setattr(render, "shade_samples", lambda *given, **named: render.Rendering(
         rgb, torch.ones(len(rgb)), None, None, None, None, None))
     monkeypatch.setattr(field, "background", lambda directions: directions.abs())
-    images, _, _ = distillation.render_images(distillation.draw())
+    images, _, _ = rendered_anew(distillation)
     assert images.shape[-1] == 32
     middle = images[..., 2:-2]
     assert (middle + 0.5).abs().max() < 0.02, "pixels were left out: is it antialiased?"
@@ -739,7 +746,7 @@ def test_a_bfloat16_model_has_a_field_in_bfloat16(model_file, settings):
     for dtype in (torch.float32, torch.bfloat16):
         distillation.context = distillation.context.to(dtype)
         torch.manual_seed(1)
-        images, _, penalty = distillation.render_images(distillation.draw())
+        images, _, penalty = rendered_anew(distillation)
         assert images.dtype == penalty.dtype == torch.float32
         images.square().mean().backward()
         found.append((images.detach(), distillation.nerf.encoding.table.grad, penalty.detach()))
