@@ -277,9 +277,9 @@ def pick(config_class, s):
 class Distillation:
     """The field of a run, and the step that improves it.
 
-    `step` is `draw`, `find_samples`, `render_images`, `encode`, `ask`, and the way back. No shape in
-    it depends on data, and nothing in it waits for the device, so that a CUDA graph can hold it: no
-    `.item()`, no boolean indexing, no branch on a tensor, no tensor made of Python numbers. What
+    `step` is `draw`, `find_samples`, `render_images`, `encode`, `ask`, and the way back. No shape
+    in it depends on data, and nothing in it waits for the device, so that a CUDA graph can hold it:
+    no `.item()`, no boolean indexing, no branch on a tensor, no tensor made of Python numbers. What
     changes in the course of a run is read from tensors, which `anneal` sets between two steps.
     """
 
