@@ -7,8 +7,8 @@
 
 Or from a model, with --init: then, as in the paper, the text tower and the autoencoder stay, and
 the UNet learns, with its new camera MLP. With --vae-steps the decoder learns, too, before the
-UNet; never the encoder, whose latents the UNet knows. Beside the autoencoder of a small model a
-light encoder learns to give the same latents, for distill.py.
+UNet; never the encoder, whose latents the UNet knows. Beside it, if the preset has one, a light
+encoder learns to give the same latents, for distill.py.
 
 A batch is multi-view with probability 0.7, else single images in 2D mode. Data that fits is held in
 memory, its latents computed once; else it is read from its files at every step. Everything random
@@ -100,7 +100,9 @@ class TrainSettings:
     )
     multiview_share: float = setting(0.7, "share of multi-view batches", min=0, max=1)
     vae_steps: int = setting(
-        4000, "training steps of the autoencoder; with --init, of its decoder alone", min=0
+        4000,
+        "training steps of the autoencoder; with --init, of its decoder and light encoder alone",
+        min=0,
     )
     steps: int = setting(
         16000,
@@ -205,15 +207,15 @@ def vae_errors(vae, images, dice):
 
 
 def light_errors(vae, images):
-    """How far the posterior of the light encoder is from the encoder's, which stays: [N].
+    """How far the posterior of the light encoder is from the encoder's: [N].
 
-    The mean square over means and log-variances. images [N, 3, H, W] in [-1, 1].
+    The mean square over means and log-variances. The encoder, and the product with which both end,
+    do not learn from it. images [N, 3, H, W] in [-1, 1].
     """
     with torch.no_grad():
         wanted = vae.encoder(images)
-    # `vae.encode` ends with this product, which is not to learn from it.
-    apart = F.conv2d(vae.light(images) - wanted, vae.quant_conv.weight.detach())
-    return (apart.float()**2).flatten(1).mean(1)
+    difference = F.conv2d(vae.light(images) - wanted, vae.quant_conv.weight.detach())
+    return (difference.float()**2).flatten(1).mean(1)
 
 
 def diffusion_errors(model, z, tokens, camera, no_tokens, dice):
@@ -500,7 +502,7 @@ class Training:
             accumulate=self.s.accumulate, rank=parallel.rank(), ranks=parallel.ranks(),
         )
 
-    # ---- the autoencoder, or its decoder ----
+    # ---- the autoencoder ----
 
     def vae_loss(self, kind, dice, *batch):
         """Errors of the autoencoder on pictures over greys, half of them in other colours."""
@@ -518,16 +520,19 @@ class Training:
         rgba = self.feed.some_pictures(32).to(self.device)
         dice = data.Dice(self.s.seed, "shown", torch.arange(len(rgba), device=self.device))
         pictures = data.on_grey(rgba, dice.uniform("grey"))
-        mean, _ = self.model.vae.encode(pictures)
-        decoded = self.model.vae.decode(mean).float().clamp(-1, 1)
-        psnr = -10 * torch.log10(torch.mean((decoded - pictures) ** 2 / 4)).item()
-        run.log(self.out / "log.jsonl", phase="vae", step=step, psnr=psnr)
+        vae = self.model.vae
+        mean, _ = vae.encode(pictures)
+        decoded = vae.decode(mean).float().clamp(-1, 1)
+        near = {"psnr": -10 * torch.log10(torch.mean((decoded - pictures) ** 2 / 4))}
+        if vae.light:
+            near["light_error"] = light_errors(vae, pictures).mean()
+        run.log(self.out / "log.jsonl", phase="vae", step=step, **near)
         rows = torch.cat([pictures[:8], decoded[:8], pictures[-8:], decoded[-8:]])
         save_png(self.out / "progress" / f"vae_{step:06d}.png", grid(rows / 2 + 0.5, 8))
         self.show_page(step)
 
     def train_vae(self, state):
-        """Phase one. With --init only the decoder learns."""
+        """Phase one. With --init only the decoder and the light encoder learn."""
         s, vae = self.s, self.model.vae
         learning = vae
         if s.init:
@@ -656,11 +661,15 @@ def load_model(s, captions, device):
 
 def add_light(model):
     """Give a model without a light encoder a new one, if its preset has one and it fits."""
+    vae, config = model.vae, model.config.vae
     widths = PRESETS[model.config.preset].model.vae.light
-    vae = model.vae
-    if not vae.light and len(widths) <= len(vae.config.channel_mult):
-        vae.config.light = widths
-        vae.light = Encoder(vae.config, widths).to(model.device)
+    fits = len(widths) <= len(config.channel_mult)
+    fits = fits and all(w % config.groups == 0 and w > config.groups for w in widths)
+    if widths and not vae.light and fits:
+        config.light = widths
+        vae.light = Encoder(config, widths).to(model.device)
+        if parallel.is_first():
+            print("the model gets a light encoder, for distill.py")
 
 
 def new_model(s, captions):
@@ -697,7 +706,7 @@ def check_settings(s):
 def resumable(s, training):
     """What config.json says beside the flags, and what --resume must find again.
 
-    The batches of a whole step, of all processes, and the size of the data.
+    The batches of a whole step, of all processes, the size of the data, and what else learns.
     """
     parts = s.accumulate * parallel.ranks()
     return {
@@ -706,6 +715,7 @@ def resumable(s, training):
         "in_memory": training.in_memory,
         "items": [len(items) for items in training.learned.values()],
         "words": len(training.model.config.text.words),
+        "light_widths": training.model.config.vae.light,
     }
 
 

@@ -65,7 +65,7 @@ class Task(NamedTuple):
     """What a worker compiles in one go."""
     stage: sds.Stage
     part: str       # of a step: "field", "encoder" or "unet"
-    piece: int      # its number, in the order of their calls
+    piece: int      # its number, in the order of a step; of the field: 0 samples, 1 pictures
 
 
 class Job(NamedTuple):
@@ -92,10 +92,11 @@ def tasks(s, config):
     What takes long comes first, so that nobody waits for it in the end. s: DistillSettings; config:
     the ModelConfig.
     """
-    levels = s.light and config.vae.light or config.vae.channel_mult
+    light = s.light_encoder and config.vae.light
+    levels = config.vae.light if light else config.vae.channel_mult
     encoder = len(levels) + 1  # these, and what follows
     unet = 2 * len(config.unet.channel_mult) + 3  # levels down and up, before, between and behind
-    places = [("field", 1), ("field", 0)]  # its pictures, its samples
+    places = [("field", 1), ("field", 0)]
     places += [("encoder", piece) for piece in range(encoder)]
     places += [("unet", piece) for piece in reversed(range(unet))]
     return [Task(stage, *place) for stage in sds.stages(s) for place in places]
@@ -296,15 +297,15 @@ def compile_piece(distillation, part, piece, known):
 
     known: {place: result} of what was run or found out before for this stage; added to.
     """
-    draws = distillation.draw()
-    model = distillation.model
-
     def render(draws):
         return distillation.render_images(draws, distillation.find_samples(draws))
 
-    if (part, piece) == ("field", 0):
-        distillation.sampling(draws)
-    elif part == "field":
+    draws = distillation.draw()
+    model = distillation.model
+    if part == "field":
+        if piece == 0:
+            distillation.sampling(draws)
+            return
         images, _, penalty = distillation.rendering(draws, distillation.find_samples(draws))
         (images.sum() + penalty).backward()
     elif part == "encoder":

@@ -214,7 +214,8 @@ def network_parts(m, views):
         return m.decode(z)
 
     yield f"UNet, {2 * views} views ({views}, both halves of guidance)", unet, 0
-    yield f"VAE, encoding {views} views of {size}² and its gradient", encode, 0
+    encoder = "light encoder," if m.vae.light else "VAE, encoding"
+    yield f"{encoder} {views} views of {size}² and its gradient", encode, 0
     yield f"VAE, decoding {views} views of {size}²", decode, 0
 
 

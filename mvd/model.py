@@ -285,8 +285,10 @@ class MVDream(nn.Module):
         for part in ("unet", "vae", "text"):
             state = getattr(self, part).state_dict()
             parts[part] = {key: t.detach().to(dtype or t.dtype) for key, t in state.items()}
+        config = self.config
         if layout != "mvd":
             # No other layout has a light encoder.
+            config = presets.override(config, {"vae.light": ()})
             parts["vae"] = {k: t for k, t in parts["vae"].items() if not k.startswith("light.")}
         if layout != "mvd" and is_variant(self.config.unet):
             raise UserError(
@@ -294,11 +296,11 @@ class MVDream(nn.Module):
                 f"(attention {self.config.unet.attention!r}, camera {self.config.unet.camera!r}); "
                 "use ours"
             )
-        header = {"mvd": json.dumps(presets.to_header(self.config))}
+        header = {"mvd": json.dumps(presets.to_header(config))}
         if layout == "diffusers":
-            self.save_folder(path, parts)
+            self.save_folder(path, parts, config)
         elif Path(path).suffix in (".pt", ".ckpt"):
-            check_pickle(path, self.config, parts, layout)
+            check_pickle(path, config, parts, layout)
             tensors = weights.to_released(parts)
             tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
             write_atomic(path, lambda file: torch.save(tensors, file))
@@ -315,8 +317,8 @@ class MVDream(nn.Module):
                 stacklevel=2,
             )
 
-    def save_folder(self, path, parts):
-        """Write a diffusers folder.
+    def save_folder(self, path, parts, config):
+        """Write a diffusers folder of the parts of a model with this configuration.
 
         Its text tower has no layers that are not run, and a table of all of CLIP's tokens: those
         that the model does not know read as the one that pads.
@@ -325,12 +327,12 @@ class MVDream(nn.Module):
         whole = table[:1].repeat(weights.VOCABULARY, 1)
         whole[list(self.text.row_of)] = table
         parts["text"]["token_embedding.weight"] = whole
-        text = self.config.text
+        text = config.text
         layers = text.layers - text.unused_layers
         text = replace(text, layers=layers, unused_layers=0, output_dim=None)
-        header = json.dumps(presets.to_header(replace(self.config, text=text)))
-        tensors = weights.to_diffusers(parts, self.config)
-        diffusers.write_folder(path, tensors, self.config, {"mvd": header})
+        header = json.dumps(presets.to_header(replace(config, text=text)))
+        tensors = weights.to_diffusers(parts, config)
+        diffusers.write_folder(path, tensors, config, {"mvd": header})
 
     def compile_networks(self):
         """Let torch.compile fuse the operations of UNet and autoencoder, in place, when they run.

@@ -73,6 +73,7 @@ TINY = Preset(
             z_channels=8,
             scale_factor=1.0,
             groups=8,
+            # A ninth of the encoder's arithmetic.
             light=(32, 64),
         ),
         text=TextConfig(

@@ -424,8 +424,7 @@ def shade_samples(nerf, samples, origins, directions, background, *, shading=Non
     return Rendering(rgb, opacity, depth, normal, weights, normals, samples)
 
 
-@dataclass
-class Pictures:
+class Pictures(NamedTuple):
     """Of V views."""
     rgb: torch.Tensor       # [V, 3, H, W] in [0, 1]
     opacity: torch.Tensor   # [V, 1, H, W] in [0, 1]

@@ -97,9 +97,11 @@ class DistillSettings:
     fine_from: float = setting(
         0.5, "share of the run after which the later size is used", min=0, max=1
     )
+    light_encoder: bool = setting(
+        True, "the model's light encoder makes latents of them, if it has one"
+    )
     coarse_budget: int = setting(1 << 18, "samples of the field in a step at first", min=1024)
     fine_budget: int = setting(1 << 20, "samples of the field in a step later", min=1024)
-    light: bool = setting(True, "encode renders with the model's light encoder, if it has one")
     step_size: float = setting(
         render.DIAGONAL / 512, "distance between samples", min=0.001, max=0.2
     )
@@ -288,9 +290,9 @@ class Distillation:
         self.s = s
         self.model = model
         self.context = context
-        # What encodes its renders.
+        # What makes latents of renders.
         vae = model.vae
-        self.encoder = vae.light if s.light and vae.light else vae.encoder
+        self.encoder = vae.light if s.light_encoder and vae.light else vae.encoder
         self.device = device = context.device
         _, encoding_config = ENCODINGS[s.encoding]
         config = NeRFConfig(

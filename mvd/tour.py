@@ -387,7 +387,7 @@ def belief(scene, t=700, guidance=5.0):
     draws = distillation.draw()
     samples = distillation.find_samples(draws)
     images, _, _ = distillation.render_images(draws, samples)  # [1, V, 3, H, W] in [-1, 1]
-    x0 = scene.model.encode(images)
+    x0 = distillation.encode(images)
     t = torch.tensor([t], device=x0.device)
     added = torch.randn_like(x0)
     x_t = diffusion.q_sample(x0, t, added)

@@ -4,6 +4,9 @@ The encoder halves the picture between two levels and returns a Gaussian per lat
 decoder mirrors it. Both are stacks of residual blocks, with one single-head attention over all
 pixels at the coarsest level. A diffusion model works on `scale_factor * z`, so that its inputs
 have a standard deviation near 1; this file does not scale (`MVDream.encode` does).
+
+A small model has a second, light encoder, which has learned to give nearly the same latents. Only
+distillation uses it (`sds.py`), where it saves most of the encoder's time in every step.
 """
 from dataclasses import dataclass
 
@@ -28,7 +31,7 @@ class VAEConfig:
     scale_factor: float = 0.18215
     # Groups of every group norm: more than one channel each, or it removes the brightness.
     groups: int = 32
-    # The widths of the levels of a light encoder, finest first; (): there is none.
+    # The widths of the levels of the light encoder, finest first; (): there is none.
     light: tuple = ()
 
 
@@ -136,8 +139,8 @@ class UpLevel(nn.Module):
 class Encoder(nn.Module):
     """Images [N, 3, H, W] -> [N, 2 z_channels, h, w].
 
-    widths: those of a light encoder's levels, finest first, else None. If these are fewer than the
-    decoder's, the first takes 2 × 2 pixels as one, or 4 × 4, ...
+    widths: those of a light encoder's levels, finest first; else None. Where they are fewer than
+    the decoder's, the first level takes 2 × 2 pixels as one, or 4 × 4, ...
     """
     # What a compiler takes one by one (`model.compile_network`).
     PIECES = ("descend", "leave")
@@ -145,8 +148,10 @@ class Encoder(nn.Module):
     def __init__(self, config, widths=None):
         super().__init__()
         groups = config.groups
-        width = widths[0] if widths else config.channels
-        widths = widths or level_widths(config)
+        if widths is None:
+            width, widths = config.channels, level_widths(config)
+        else:
+            width = widths[0]
         self.patch = 2 ** (len(config.channel_mult) - len(widths))
         self.conv_in = Conv2d(3 * self.patch**2, width, 3, padding=1)
         levels = []  # finest first
@@ -218,7 +223,6 @@ class VAE(nn.Module):
         self.config = config = config or VAEConfig()
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        # A tenth of the arithmetic, for nearly the same latents (`train.light_errors`).
         self.light = Encoder(config, config.light) if config.light else None
         self.quant_conv = Conv2d(2 * config.z_channels, 2 * config.z_channels, 1)
         self.post_quant_conv = Conv2d(config.z_channels, config.z_channels, 1)
@@ -226,8 +230,9 @@ class VAE(nn.Module):
     def encode(self, images, encoder=None):
         """Images in [-1, 1] -> mean and log-variance of the posterior q(z | image), unscaled.
 
-        images [N, 3, H, W], H and W divisible by 2^(levels - 1). encoder: `light`, if not
-        `encoder`. Each result is [N, z_channels, h, w]; a sample is mean + exp(logvar / 2) * noise.
+        images [N, 3, H, W], H and W divisible by 2^(levels - 1). encoder: `self.light`, or None
+        for `self.encoder`. Each result is [N, z_channels, h, w]; a sample is
+        mean + exp(logvar / 2) * noise.
         """
         encoder = encoder or self.encoder
         mean, logvar = self.quant_conv(encoder(images)).chunk(2, dim=1)

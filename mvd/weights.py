@@ -554,8 +554,7 @@ def vae_config(parts, known):
         light.append(size(parts, "vae", bias, multiple_of=known.groups))
     if len(light) > levels:
         raise UserError(
-            f"the VAE has {levels} levels and its light encoder {len(light)}, which fits no model "
-            "that mvd reads"
+            f"the VAE has {levels} levels and its light encoder {len(light)}: it can have no more"
         )
     return replace(
         known,

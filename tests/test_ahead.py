@@ -53,7 +53,7 @@ def describe(tensor):
         dict(shading=True),
         dict(mode="2d"),
         dict(loss="sds", smoothness=0.0),
-        dict(light=False),
+        dict(light_encoder=False),
     ],
 )
 def test_the_tasks_of_a_step_are_what_the_step_compiles(
@@ -189,7 +189,7 @@ def test_only_one_of_the_pieces_is_run():
 
 @pytest.mark.parametrize("light", [True, False])
 def test_the_tasks_are_all_pieces_of_both_stages(model_file, light, monkeypatch):
-    s, model = settings(light=light), MVDream.load(model_file)
+    s, model = settings(light_encoder=light), MVDream.load(model_file)
     tasks = ahead.tasks(s, model.config)
     assert len(set(tasks)) == len(tasks), "one is there twice"
     coarse, fine = sds.stages(s)

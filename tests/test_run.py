@@ -96,7 +96,7 @@ def test_resume_wants_the_same_settings(tmp_path):
     assert settings_of(default)["steps"] == 5
     found = run.open_run(None, longer, True, default, may_change=["steps"])
     assert found == default
-    with pytest.raises(UserError, match="seed = nothing, now it is 1"):
+    with pytest.raises(UserError, match="another version of mvd: only one knows seed"):
         run.open_run(str(default), {**longer, "seed": 1}, True)
 
 

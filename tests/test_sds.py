@@ -401,7 +401,7 @@ def test_renders_are_encoded_by_the_light_encoder_if_there_is_one(tmp_path):
     model_file = saved_model(tmp_path, config)
     images = 2 * torch.rand(2, 4, 3, 32, 32) - 1
     for light in (True, False):
-        distillation = make_distillation(model_file, light=light)
+        distillation = make_distillation(model_file, light_encoder=light)
         vae = distillation.model.vae
         vae.quant_conv.bias[8:] = -30  # a posterior without noise
         mean, _ = vae.encode(images.flatten(0, 1), vae.light if light else vae.encoder)

@@ -17,9 +17,9 @@ from mvd.model import PRESETS
 from mvd.tools import cli, parallel, run
 from mvd.tools.errors import UserError
 from mvd.tools.vocabulary import IDENTIFIERS
-from mvd.vae import VAE, VAEConfig
+from mvd.vae import VAE, Encoder, VAEConfig
 from scripts import Killed, killed_after, saved_model, status
-from test_model import small_config
+from test_model import random_model, small_config
 
 # 4 steps of the autoencoder and 6 of the UNet, with pictures at 3, 4; 7, 10.
 SHORT = """--preset nano --device cpu --vae-steps 4 --steps 6 --batch 1 --vae-batch 4 --copies 1
@@ -373,6 +373,7 @@ def test_the_defaults_are_those_that_help_prints(first, tmp_path, monkeypatch, c
     own = {
         "step_batch": expected["batch"], "step_vae_batch": expected["vae_batch"],
         "in_memory": True, "items": [2, 2], "words": len(config_words(first, start_from)),
+        "light_widths": [] if "preset" not in given else list(preset.model.vae.light),
     }
     wanted = {**expected, **given, **own}
     assert config == json.loads(json.dumps(wanted))
@@ -452,7 +453,7 @@ def test_vae_errors_of_a_perfect_autoencoder_are_its_kl():
 
 def test_light_errors_are_those_of_the_posterior_and_only_the_light_encoder_learns():
     torch.manual_seed(0)
-    vae = VAE(VAEConfig(channels=32, channel_mult=(1, 1, 1), z_channels=3, light=(32, 64)))
+    vae = VAE(VAEConfig(channels=32, channel_mult=(1, 1, 1), z_channels=3, groups=8, light=(32, 64)))
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     wanted = torch.cat(vae.encode(images), 1)
     found = torch.cat(vae.encode(images, vae.light), 1)
@@ -472,20 +473,52 @@ def light_nano(monkeypatch):
 
 
 def test_a_new_model_has_the_light_encoder_of_its_preset(start, light_nano, tmp_path):
+    start("run", "--vae-steps", "40", "--sample-every", "20", "--save-every", "99")
+    vae = MVDream.load(tmp_path / "run").vae
+    assert vae.config.light == (32, 32)
+    learned = train.light_errors(vae, some_pictures()).mean()
+    vae.light = Encoder(vae.config, (32, 32))
+    assert learned < 0.5 * train.light_errors(vae, some_pictures()).mean(), "it does not learn"
+    rows = run.read_log(tmp_path / "run" / "log.jsonl")
+    assert any(row.get("light_error", 0) > 0 for row in rows), "the log does not say how near it is"
+
+
+def test_a_model_whose_preset_has_no_light_encoder_gets_none(start, first, tmp_path):
+    start("run", "--init", str(first), "--vae-steps", "1", "--steps", "0")
+    assert MVDream.load(tmp_path / "run").vae.light is None
+
+
+@pytest.mark.parametrize("widths", [(32, 36), (8, 32), (32,) * 5])
+def test_a_light_encoder_that_does_not_fit_is_left_out(light_nano, widths):
+    """Widths that the groups do not divide, or fill one by one; more levels than there are."""
+    config = small_config()
+    config.vae.light = ()
+    model = random_model(config)
+    PRESETS["nano"].model.vae.light = widths
+    train.add_light(model)
+    assert model.vae.light is None and model.config.vae.light == ()
+
+
+def test_a_training_of_another_light_encoder_is_not_resumed(start, light_nano, tmp_path):
     start("run")
-    model = MVDream.load(tmp_path / "run")
-    assert model.config.vae.light == (32, 32)
-    assert moved(train.new_model(train.TrainSettings(preset="nano"), []).vae.light, model.vae.light)
+    PRESETS["nano"].model.vae.light = (64, 32)
+    with pytest.raises(UserError, match="light_widths"):
+        start("run", "--resume")
+
+
+def some_pictures():
+    """In one colour and in grains: [8, 3, 64, 64] in [-1, 1]."""
+    torch.manual_seed(0)
+    plain = torch.rand(4, 3, 1, 1).expand(4, 3, 64, 64)
+    return 2 * torch.cat([plain, torch.rand(4, 3, 64, 64)]) - 1
 
 
 def test_a_model_without_a_light_encoder_gets_one_that_learns(start, first, light_nano, tmp_path):
     """The encoder, and the UNet, stay as they are."""
-    pictures = torch.cat([torch.rand(4, 3, 1, 1).expand(4, 3, 64, 64), torch.rand(4, 3, 64, 64)])
-
     def error(name):
         model = MVDream.load(tmp_path / name)
         assert model.config.vae.light == (32, 32), f"{name} has no light encoder"
-        return train.light_errors(model.vae, 2 * pictures - 1).mean().item()
+        return train.light_errors(model.vae, some_pictures()).mean().item()
 
     flags = ["--steps", "0", "--vae-lr", "0.005", "--sample-every", "99", "--save-every", "99"]
     start("begun", "--init", str(first), "--vae-steps", "1", *flags)

@@ -130,7 +130,7 @@ def test_any_width_and_size():
 
 @pytest.mark.parametrize("light", [(32, 64), (64,), (32, 64, 32)])
 def test_a_light_encoder_gives_latents_of_the_same_shape(light):
-    model = VAE(VAEConfig(channels=32, channel_mult=(1, 2, 2), z_channels=3, light=light))
+    model = VAE(VAEConfig(channels=32, channel_mult=(1, 2, 2), z_channels=3, groups=8, light=light))
     image = torch.randn(2, 3, 16, 24, requires_grad=True)
     mean, logvar = model.encode(image, model.light)
     assert mean.shape == logvar.shape == model.encode(image)[0].shape == (2, 3, 4, 6)
@@ -142,7 +142,7 @@ def test_a_light_encoder_gives_latents_of_the_same_shape(light):
 def test_a_light_encoder_begins_with_a_wider_convolution():
     """Of every second pixel, or every fourth: its kernel is that of the patches, unrolled."""
     for light, patch in (((32, 64), 2), ((64,), 4)):
-        model = VAE(VAEConfig(channels=32, channel_mult=(1, 2, 2), light=light))
+        model = VAE(VAEConfig(channels=32, channel_mult=(1, 2, 2), groups=8, light=light))
         first = model.light.conv_in
         out = first.out_channels
         kernel = first.weight.view(out, 3, patch, patch, 3, 3)  # out, colour, y and x in a patch

@@ -193,10 +193,13 @@ def _difference(folder, config, ignored):
         return f"cannot read {path} ({error}); {ANEW}"
     if not isinstance(earlier, dict):
         return f"{path} does not hold the settings of a run; {ANEW}"
-    for name in [*earlier, *config]:
-        before = json.dumps(earlier[name]) if name in earlier else "nothing"
-        now = json.dumps(config[name]) if name in config else "nothing"
-        if name not in ignored and before != now:
+    for name in {**earlier, **config}:
+        if name in ignored:
+            continue
+        if name not in earlier or name not in config:
+            return f"{folder} was run by another version of mvd: only one knows {name}; {ANEW}"
+        before, now = json.dumps(earlier[name]), json.dumps(config[name])
+        if before != now:
             return (f"{folder} was run with {name} = {before}, now it is {now}; "
                     "resume with the same settings")
     return None
