@@ -544,14 +544,10 @@ def vae_config(parts, known):
     width = size(parts, "vae", "encoder.conv_in.weight", multiple_of=known.groups)
     # At least one, so that its tensors are missed if there is none.
     levels = max(1, count(names, r"encoder\.down\.(\d+)\."))
-    mult = []
-    for level in range(levels):
-        bias = f"encoder.down.{level}.blocks.0.conv1.bias"
-        mult.append(size(parts, "vae", bias, multiple_of=width) // width)
-    light = []
-    for level in range(count(names, r"light\.down\.(\d+)\.")):
-        bias = f"light.down.{level}.blocks.0.conv1.bias"
-        light.append(size(parts, "vae", bias, multiple_of=known.groups))
+    widths = level_widths(parts, "encoder", levels, multiple_of=width)
+    light = level_widths(
+        parts, "light", count(names, r"light\.down\.(\d+)\."), multiple_of=known.groups
+    )
     if len(light) > levels:
         raise UserError(
             f"the VAE has {levels} levels and its light encoder {len(light)}: it can have no more"
@@ -559,11 +555,17 @@ def vae_config(parts, known):
     return replace(
         known,
         channels=width,
-        channel_mult=tuple(mult),
-        light=tuple(light),
+        channel_mult=tuple(wider // width for wider in widths),
+        light=light,
         num_res_blocks=count(names, r"encoder\.down\.0\.blocks\.(\d+)\."),
         z_channels=size(parts, "vae", "post_quant_conv.weight"),
     )
+
+
+def level_widths(parts, encoder, levels, *, multiple_of):
+    """The widths of the levels of one of the VAE's encoders, finest first."""
+    biases = [f"{encoder}.down.{level}.blocks.0.conv1.bias" for level in range(levels)]
+    return tuple(size(parts, "vae", bias, multiple_of=multiple_of) for bias in biases)
 
 
 def text_config(parts, known):
