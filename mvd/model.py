@@ -287,15 +287,15 @@ class MVDream(nn.Module):
             parts[part] = {key: t.detach().to(dtype or t.dtype) for key, t in state.items()}
         config = self.config
         if layout != "mvd":
+            if is_variant(config.unet):
+                raise UserError(
+                    f"cannot write {path}: {LAYOUTS[layout]} layout has no UNet of this kind "
+                    f"(attention {config.unet.attention!r}, camera {config.unet.camera!r}); "
+                    "use ours"
+                )
             # No other layout has a light encoder.
             config = presets.override(config, {"vae.light": ()})
             parts["vae"] = {k: t for k, t in parts["vae"].items() if not k.startswith("light.")}
-        if layout != "mvd" and is_variant(self.config.unet):
-            raise UserError(
-                f"cannot write {path}: {LAYOUTS[layout]} layout has no UNet of this kind "
-                f"(attention {self.config.unet.attention!r}, camera {self.config.unet.camera!r}); "
-                "use ours"
-            )
         header = {"mvd": json.dumps(presets.to_header(config))}
         if layout == "diffusers":
             self.save_folder(path, parts, config)
