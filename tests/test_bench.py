@@ -11,7 +11,7 @@ from PIL import Image, ImageColor
 from mvd import MVDream, bench, cameras, diffusion, presets, render, sds
 from mvd.tools import cli
 from scripts import saved_model, status
-from test_model import small_config
+from test_model import random_model, small_config
 
 ROWS = [
     "step, 4 views of 8²",
@@ -139,6 +139,24 @@ def test_operations_and_bytes_are_counted_right(model_file):
     assert bench.operations(function) == forward_and_two_backward + rays * of_a_ray
     # Read, and for the gradient read and written: 2 levels, 8 corners, 2 float32.
     assert traffic == 3 * 1024 * 2 * 8 * 2 * 4
+
+
+@pytest.mark.parametrize("widths, name", [((), "VAE, encoding"), ((32, 32), "light encoder,")])
+def test_the_encoder_that_is_timed_is_that_of_a_step(widths, name):
+    config = small_config()
+    config.vae.light = widths
+    model = random_model(config)
+    s = replace(sds.DistillSettings("a red bulldog"), **SETTINGS)
+    distillation = sds.Distillation(s, model, model.embed(["", ""]))
+    images = torch.rand(1, 4, 3, config.size, config.size, requires_grad=True)
+
+    def as_a_step():
+        torch.autograd.grad(distillation.encode(images).sum(), images)
+
+    rows = list(bench.network_parts(model, 4))
+    timed, = [function for part, function, _ in rows if part.startswith(name)]
+    assert len(rows) == 3
+    assert bench.operations(timed) == bench.operations(as_a_step), "another encoder is timed"
 
 
 @pytest.mark.parametrize("mask", [False, True])
