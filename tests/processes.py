@@ -41,21 +41,31 @@ def finish(*processes):
     return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
 
 
+def wait_for_rows(process, log, count):
+    """Wait until a run has written so many rows of its log, or has ended."""
+    while os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        if log.exists() and log.read_bytes().count(b"\n") >= count:
+            return
+        time.sleep(0.001)
+
+
 def killed_thrice(folder):
-    """A whole run, and one that is killed at three random moments and goes on each time."""
+    """A whole run, and one that is killed at three random moments and goes on each time.
+
+    A moment is some time after a row of its log, of which it writes 16: a computer is not equally
+    fast all the time.
+    """
     steps = ["--vae-steps", "6", "--steps", "10", "--batch", "1"]
-    begin = time.monotonic()
     assert finish(start(folder, "whole", *steps)) == [0]
-    took = time.monotonic() - begin
     moments = random.Random(0)
     resume, statuses = [], []
-    for _ in range(3):
+    for count in sorted(moments.sample(range(1, 13), 3)):
         process = start(folder, "killed", *steps, *resume)
-        time.sleep(moments.uniform(0.2, 0.7) * took)
+        wait_for_rows(process, folder / "killed" / "log.jsonl", count)
+        time.sleep(moments.uniform(0, 0.1))
         os.kill(process, signal.SIGKILL)
         statuses += finish(process)
-        if (folder / "killed" / "config.json").exists():
-            resume = ["--resume"]
+        resume = ["--resume"]
     assert -signal.SIGKILL in statuses, "each run had ended before it was killed"
     assert finish(start(folder, "killed", *steps, *resume)) == [0]
 
