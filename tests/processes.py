@@ -13,7 +13,7 @@ from pathlib import Path
 import toy_data
 import train
 from mvd import MVDream, fit
-from mvd.tools import cli
+from mvd.tools import cli, run
 from test_parallel import free_port
 from test_train import blank
 
@@ -44,7 +44,7 @@ def finish(*processes):
 def wait_for_rows(process, log, count):
     """Wait until a run has written so many rows of its log, or has ended."""
     while os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-        if log.exists() and log.read_bytes().count(b"\n") >= count:
+        if len(run.read_log(log)) >= count:
             return
         time.sleep(0.001)
 
